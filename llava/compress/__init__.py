@@ -1,0 +1,75 @@
+"""Token-compression methods, one per file; the directory is the registry.
+
+`available()` lists them, `get("globalcom2(temperature=5)")` builds one. Importing this package imports none.
+"""
+
+from __future__ import annotations
+
+import ast
+import pkgutil
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from llava.constants import InputError
+
+if TYPE_CHECKING:
+    from llava.compress.base import Compressor
+
+_PLUMBING = {"attach", "attention", "base", "pack", "tokens", "trace"}
+
+
+def available() -> list[str]:
+    """Return the names of all methods."""
+    return sorted({module.name for module in pkgutil.iter_modules(__path__)} - _PLUMBING)
+
+
+def method_class(name: str) -> type[Compressor]:
+    """Return the class of a method.
+
+    Raises:
+        InputError: there is no such method.
+    """
+    from llava.compress.base import Compressor
+
+    if name not in available():
+        raise InputError(f"unknown method {name!r}; choose from {', '.join(available())}")
+    found = vars(import_module(f"{__name__}.{name}")).values()
+    classes = [c for c in found if isinstance(c, type) and issubclass(c, Compressor) and vars(c).get("name") == name]
+    if len(classes) != 1:
+        raise TypeError(f"llava/compress/{name}.py must define exactly one Compressor with name = {name!r}")
+    return classes[0]
+
+
+def get(spec: str, **fallback: Any) -> Compressor:
+    """Build a method from its name or from call syntax.
+
+    Args:
+        spec: `"globalcom2"` or `"globalcom2(retention_ratio=0.5, profile='released')"`; values are Python literals.
+        **fallback: fields to use where the spec does not name them; None means "not given".
+
+    Raises:
+        InputError: unknown method, field or value.
+    """
+    name, given = _parse(spec)
+    fields = {key: value for key, value in fallback.items() if value is not None} | given
+    cls = method_class(name)
+    unknown = fields.keys() - {field for field in cls.__dataclass_fields__}
+    if unknown:
+        known = ", ".join(cls.__dataclass_fields__)
+        raise InputError(f"method {name} has no field {', '.join(sorted(unknown))}; it has {known}")
+    return cls(**fields)
+
+
+def _parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """Split call syntax into a name and literal keyword arguments."""
+    try:
+        node = ast.parse(spec.strip(), mode="eval").body
+        if isinstance(node, ast.Name):
+            return node.id, {}
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+            pairs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+            if None not in pairs:
+                return node.func.id, {str(key): value for key, value in pairs.items()}
+    except (SyntaxError, ValueError):
+        pass
+    raise InputError(f"cannot read method {spec!r}; write a name or a call like globalcom2(profile='released')")

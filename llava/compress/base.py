@@ -1,0 +1,236 @@
+"""What a compression method is: a frozen record of hyper-parameters that turns `Views` into a `Selection`.
+
+A method never sees a model, a tokenizer or a config. It says which attention it wants to look at (`Taps`), announces
+what it intends for an image of a given size (`Plan`) and chooses tokens (`Selection`); everything else is plumbing.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava.anyres import AnyResGrid
+from llava.compress.tokens import budget, fill_shares, round_shares, top_indices
+from llava.constants import InputError
+
+RATIO_VARIABLE = "LLAVA_RETENTION_RATIO"
+PROFILES = ("corrected", "released", "paper")
+
+
+def parse_ratio(value: object, source: str = "retention_ratio") -> float:
+    """Return a retention ratio as a float.
+
+    Raises:
+        InputError: it is no number in (0, 1]; the message names the value and where it came from.
+    """
+    try:
+        ratio = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        ratio = -1.0
+    if not 0 < ratio <= 1:
+        raise InputError(f"{source} must be a number in (0, 1], got {value}")
+    return ratio
+
+
+def resolve_ratio(ratio: float | None) -> float:
+    """Return the retention ratio in force: the argument, else LLAVA_RETENTION_RATIO, else line 101 of `llava_arch`.
+
+    It is looked up at every use, so that editing or assigning `llava.model.llava_arch.retention_ratio` takes effect.
+    """
+    if ratio is not None:
+        return parse_ratio(ratio)
+    if RATIO_VARIABLE in os.environ:
+        return parse_ratio(os.environ[RATIO_VARIABLE], RATIO_VARIABLE)
+    from llava.model import llava_arch  # here, because llava_arch is built on this module
+
+    return parse_ratio(llava_arch.retention_ratio, "llava_arch.retention_ratio")
+
+
+class Taps(NamedTuple):
+    """What a method reads inside the encoder; layers are counted from the end (-1 = last)."""
+
+    cls: tuple[int, ...] = ()
+    keys: tuple[int, ...] = ()
+    cls_feature: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the selected tokens of one image become a sequence."""
+
+    unpad: bool = True
+    """Leave out the patches that show padding."""
+    newline: str = "unpadded"
+    """Rows that end in a newline token: `unpadded`, `canvas` (padding too), `occupied` (with a kept token), `none`."""
+    thumbnail: str = "raster"
+    """Order of the thumbnail's tokens: `raster` or `score` (best first)."""
+    placement: str = "raster"
+    """Where crop tokens go: `raster` of the canvas, `flat` (crop after crop), `released` (see GlobalCom²)."""
+
+
+@dataclass(kw_only=True)
+class Views:
+    """One image after the encoder; view 0 is the thumbnail, the crops follow row-major."""
+
+    features: Tensor
+    """`[V, N, C]`, the input of the projector."""
+    grid: AnyResGrid
+    cls_logits: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer (from the end) -> `[V, H, 1 + N]`: scaled q·k of the [CLS] query before softmax, column 0 is [CLS]."""
+    keys: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer (from the end) -> `[V, N, C]`: the keys of the patches."""
+    layout: Layout = Layout()
+    """The sequence format the checkpoint was trained with."""
+    valid: Tensor = None  # type: ignore[assignment]
+    """Bool `[V, N]`: the patch shows the image; derived from the grid unless given."""
+    cls: Tensor | None = None
+    """`[V, C]`, the [CLS] feature, if tapped."""
+    ids: Tensor | None = None
+    """`[V, N']` patch ids, if the encoder already reduced the tokens."""
+
+    def __post_init__(self) -> None:
+        """Check that features and geometry belong together."""
+        if self.features.shape[0] != self.grid.n_views:
+            raise ValueError(
+                f"{self.features.shape[0]} views of features for a grid of {self.grid.n_views} ({self.grid})"
+            )
+        if self.valid is None:
+            valid = self.grid.valid(self.layout.unpad, self.features.device)
+            self.valid = valid if self.ids is None else valid.gather(1, self.ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """Tokens a method appends that are no patch: `features [E, C]`, each behind patch `anchor` of its `view`."""
+
+    features: Tensor
+    view: Tensor
+    """`[E]`, view index."""
+    anchor: Tensor
+    """`[E]`, patch id in that view; N puts the token behind the whole view (crops: behind the whole canvas)."""
+
+
+@dataclass(kw_only=True)
+class Selection:
+    """Which tokens of one image the language model gets to see."""
+
+    order: Tensor
+    """`[V, N]`, the tokens of every view by decreasing worth."""
+    count: Tensor
+    """`[V]`, how many of them are kept."""
+    total: int | None = None
+    """Sum of `count`, if it follows from sizes alone; None costs one device read when packing."""
+    features: Tensor | None = None
+    """`[V, N, C]` if the method changed (merged) the features."""
+    extra: Extra | None = None
+    layout: Layout = Layout()
+
+    @property
+    def kept(self) -> Tensor:
+        """Bool `[V, N]`: the token is kept."""
+        chosen = torch.arange(self.order.shape[1], device=self.order.device) < self.count[:, None]
+        return torch.zeros_like(chosen).scatter(1, self.order, chosen)
+
+    @property
+    def keep(self) -> list[Tensor]:
+        """V index tensors of the kept tokens, in the order they appear in the sequence; for people and tests."""
+        best = [order[:count] for order, count in zip(self.order, self.count.tolist(), strict=True)]
+        by_score = self.layout.thumbnail == "score"
+        return [b if view == 0 and by_score else b.sort().values for view, b in enumerate(best)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a method intends for an image of a given size, known before any pixel is looked at."""
+
+    ratio: float
+    """The retention ratio in force."""
+    patches: int
+    """Patches of the uncompressed image, newlines not counted: the ratio's denominator."""
+    at_least: int
+    at_most: int
+    """Bounds of the number of kept patches; equal where the count follows from the sizes."""
+
+    @property
+    def exact(self) -> bool:
+        """True where the number of kept patches follows from image size and ratio alone."""
+        return self.at_least == self.at_most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressor:
+    """The base of every method. As it stands everything is kept, in the checkpoint's own format."""
+
+    name: ClassVar[str]
+    """Name of the method and of its file."""
+    paper: ClassVar[str] = ""
+    profiles: ClassVar[tuple[str, ...]] = ("corrected",)
+    taps: ClassVar[Taps] = Taps()
+
+    retention_ratio: float | None = None
+    """Kept ÷ uncompressed visual tokens, in (0, 1]; None: LLAVA_RETENTION_RATIO, else line 101 of llava_arch."""
+    profile: str = "corrected"
+    """Which reading of the method runs: `corrected`, `released` (defects included) or `paper` (literal)."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot mean anything."""
+        if self.retention_ratio is not None:
+            object.__setattr__(self, "retention_ratio", parse_ratio(self.retention_ratio))
+        if self.profile not in self.profiles:
+            raise InputError(f"{self.name} has no profile {self.profile!r}; choose from {', '.join(self.profiles)}")
+
+    @property
+    def ratio(self) -> float:
+        """The retention ratio in force, resolved now."""
+        return resolve_ratio(self.retention_ratio)
+
+    def plan(self, grid: AnyResGrid, layout: Layout = Layout()) -> Plan:
+        """Announce how many patches of an image of this size will be kept."""
+        patches = grid.n_patches(layout.unpad)
+        return Plan(ratio=1.0, patches=patches, at_least=patches, at_most=patches)
+
+    def select(self, views: Views) -> Selection:
+        """Choose the tokens of one image. Reads nothing back from the device; does not change its argument."""
+        counts = (views.grid.patches_per_view, *views.grid.crop_patches(views.layout.unpad))
+        return Selection(
+            order=top_indices(views.valid.float(), views.valid),
+            count=torch.tensor(counts, device=views.features.device),
+            total=sum(counts),
+            layout=views.layout,
+        )
+
+    def select_all(self, batch: Sequence[Views]) -> list[Selection]:
+        """Choose the tokens of every image of a call, each on its own."""
+        return [self.select(views) for views in batch]
+
+    def __str__(self) -> str:
+        """The method in call syntax, with the fields that differ from their defaults; `get` reads it back."""
+        changed = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"{self.name}({', '.join(changed)})"
+
+
+def split_budget(ratio: float, grid: AnyResGrid, unpad: bool = True) -> tuple[int, int]:
+    """Return the patches to keep of the thumbnail, ⌊R·N⌋, and of all crops together, ⌊R·Σ n_j⌋.
+
+    Where both are 0 the thumbnail keeps one, as an image must leave a trace in the sequence.
+    """
+    thumbnail = budget(ratio, grid.patches_per_view)
+    crops = budget(ratio, sum(grid.crop_patches(unpad)))
+    return (thumbnail, crops) if thumbnail + crops else (1, 0)
+
+
+def exact_plan(ratio: float, grid: AnyResGrid, unpad: bool = True) -> Plan:
+    """Plan of a method that meets `split_budget` exactly."""
+    kept = sum(split_budget(ratio, grid, unpad))
+    return Plan(ratio=ratio, patches=grid.n_patches(unpad), at_least=kept, at_most=kept)
+
+
+def uniform_counts(ratio: float, grid: AnyResGrid, unpad: bool = True) -> tuple[int, ...]:
+    """Share `split_budget` over the crops by their size: kept patches per view, thumbnail first."""
+    thumbnail, total = split_budget(ratio, grid, unpad)
+    sizes = torch.tensor(grid.crop_patches(unpad), dtype=torch.float64)
+    shares = fill_shares(torch.ones_like(sizes), sizes, total)
+    return thumbnail, *round_shares(shares, sizes, total).tolist()

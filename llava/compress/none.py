@@ -1,0 +1,12 @@
+"""No compression: the uncompressed model, through the same path as every method."""
+
+from dataclasses import dataclass
+
+from llava.compress.base import Compressor
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoCompression(Compressor):
+    """Keep every token; a retention ratio has no effect."""
+
+    name = "none"

@@ -1,0 +1,139 @@
+"""What happened to the visual tokens of one call: the only thing that ledgers, pictures and answer files read."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llava.anyres import AnyResGrid
+from llava.compress.base import Compressor, Plan, Selection
+from llava.compress.pack import Packed
+
+
+@dataclass(kw_only=True)
+class ImageTrace:
+    """One image: its geometry, what the method planned and what it chose."""
+
+    grid: AnyResGrid
+    unpad: bool
+    """Whether padding was left out of the count."""
+    plan: Plan
+    selection: Selection
+    packed: Packed
+
+    def __str__(self) -> str:
+        """One line for the log."""
+        plan, packed = self.plan, self.packed
+        planned = f"{plan.at_least}" if plan.exact else f"{plan.at_least} to {plan.at_most}"
+        width, height = self.grid.image_size
+        return (
+            f"{width}x{height}: ratio {plan.ratio:g} of {plan.patches} patches, planned {planned}, "
+            f"kept {packed.patches}, {len(packed.origin)} tokens with {packed.newlines} newlines"
+        )
+
+    def check(self) -> None:
+        """Compare what was packed with the plan; reads nothing from the device.
+
+        Raises:
+            RuntimeError: the method did not do what it planned.
+        """
+        if not self.plan.at_least <= self.packed.patches <= self.plan.at_most:
+            raise RuntimeError(f"the method broke its plan: {self}")
+
+    def ledger(self) -> dict[str, Any]:
+        """Return the account of this image as plain data.
+
+        Raises:
+            RuntimeError: the counts per view do not add up to what was packed.
+        """
+        before = [self.grid.patches_per_view, *self.grid.crop_patches(self.unpad)]
+        after = self.selection.count.tolist()
+        plan = self.plan
+        if sum(after) != self.packed.patches:
+            raise RuntimeError(f"the method counts {sum(after)} kept tokens ({after}), but: {self}")
+        return {
+            "size": list(self.grid.image_size),
+            "grid": list(self.grid.crops) if self.grid.crops else None,
+            "patches_before": before,
+            "patches_after": after,
+            "crop_ratios": [round(k / n, 4) if n else None for k, n in zip(after[1:], before[1:], strict=True)],
+            "newlines": self.packed.newlines,
+            "tokens": len(self.packed.origin),
+            "requested_ratio": plan.ratio,
+            "planned": plan.at_least if plan.exact else [plan.at_least, plan.at_most],
+            "kept": sum(after),
+            "kept_ratio": round(sum(after) / sum(before), 4),
+        }
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """Filled by the model while it answers; pass one to `generate(trace=…)` to get it."""
+
+    method: str = ""
+    images: list[ImageTrace] = field(default_factory=list)
+    sequence_lengths: list[int] = field(default_factory=list)
+    """Tokens entering the language model, per row of the batch, padding not counted."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of every stage: vision, selection, packing (projector included), prefill, decode."""
+
+    def add(self, method: Compressor, image: ImageTrace) -> None:
+        """Take an image in."""
+        self.method = str(method)
+        self.images.append(image)
+
+    @contextmanager
+    def clock(self, stage: str, device: torch.device) -> Iterator[None]:
+        """Add the wall time of the block to a stage; CUDA is waited for, so that it is the stage's own."""
+        start = _now(device)
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + _now(device) - start
+
+    def ledger(self) -> dict[str, Any]:
+        """Return the whole account as plain data, ready for JSON."""
+        return {
+            "method": self.method,
+            "images": [image.ledger() for image in self.images],
+            "sequence_lengths": self.sequence_lengths,
+            "seconds": {stage: round(seconds, 4) for stage, seconds in self.seconds.items()},
+        }
+
+
+class GenerationClock:
+    """Splits the time of `generate` at its first token: prefill before, decode after. Idle without a trace."""
+
+    def __init__(self, trace: Trace | None, device: torch.device) -> None:
+        """Prepare to time a generation on `device` for `trace`."""
+        self.trace, self.device = trace, device
+        self.start = self.first = 0.0
+
+    @property
+    def criteria(self) -> list[Callable[..., bool]]:
+        """What to add to the stopping criteria, which transformers calls after every token."""
+        return [self._token] if self.trace else []
+
+    def _token(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> bool:
+        if not self.first:
+            self.first = _now(self.device)
+        return False
+
+    def __enter__(self) -> None:
+        """Start the clock."""
+        if self.trace:
+            self.start = _now(self.device)
+
+    def __exit__(self, *error: object) -> None:
+        """Stop the clock and write both times down."""
+        if self.trace and self.first:
+            seconds = self.trace.seconds
+            seconds["prefill"] = seconds.get("prefill", 0.0) + self.first - self.start
+            seconds["decode"] = seconds.get("decode", 0.0) + _now(self.device) - self.first
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,1 @@
+"""Running the model on images and questions."""

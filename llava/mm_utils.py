@@ -1,0 +1,194 @@
+"""From picture files to view tensors and from prompts to ids, under the names LLaVA's users know."""
+
+import base64
+from io import BytesIO
+from math import ceil
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from llava.anyres import Size, best_resolution, choose_grid, parse_pinpoints
+from llava.constants import IMAGE_TOKEN_INDEX, InputError
+
+
+def load_image(source: str | PathLike[str]) -> Image.Image:
+    """Read a picture file as RGB.
+
+    Raises:
+        InputError: the file is missing, empty, truncated, no picture, or larger than 178 megapixels.
+    """
+    path = Path(source)
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except FileNotFoundError:
+        problem = "does not exist; check the path"
+    except IsADirectoryError:
+        problem = "is a folder; give a picture file"
+    except UnidentifiedImageError:
+        problem = "is empty; save it again" if not path.stat().st_size else "is not a picture Pillow can read"
+    except Image.DecompressionBombError:
+        problem = "has more than 178 megapixels; make it smaller"
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on damaged files
+        problem = f"cannot be decoded ({error}); save it again"
+    raise InputError(f"image file {str(path)!r} {problem}")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return the picture as RGB, whatever its mode; 16-bit grey is scaled down, of an animation the first frame counts.
+
+    Raises:
+        InputError: the picture has no pixels.
+    """
+    if 0 in image.size:
+        raise InputError(f"image of {image.width}x{image.height} pixels: both sides must be at least 1")
+    if image.mode.startswith("I;16"):
+        # Pillow would clip 16 bits to 8 and turn nearly all of it white.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def load_image_from_base64(image: str | bytes) -> Image.Image:
+    """Decode a base64 picture, in whatever mode it has."""
+    return Image.open(BytesIO(base64.b64decode(image)))
+
+
+def select_best_resolution(original_size: Size, possible_resolutions: list[Size]) -> Size:
+    """Return the AnyRes canvas `(W, H)` for an image of `(w, h)` pixels."""
+    return best_resolution(original_size, possible_resolutions)
+
+
+def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: Any, patch_size: int) -> Size:
+    """Return the grid `(cols, rows)` of crops, `patch_size` being the side of a crop in pixels."""
+    return choose_grid(image_size, grid_pinpoints, patch_size)
+
+
+def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:
+    """Fit a picture into a canvas `(W, H)` without distortion, centred on black."""
+    width, height = image.size
+    across, down = target_resolution
+    if across / width < down / height:
+        fitted = (across, min(ceil(height * (across / width)), down))
+    else:
+        fitted = (min(ceil(width * (down / height)), across), down)
+    canvas = Image.new("RGB", (across, down))
+    canvas.paste(image.resize(fitted), ((across - fitted[0]) // 2, (down - fitted[1]) // 2))
+    return canvas
+
+
+def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
+    """Cut a canvas into square crops of `patch_size` pixels, row-major."""
+    return [
+        image.crop((left, top, left + patch_size, top + patch_size))
+        for top in range(0, image.height, patch_size)
+        for left in range(0, image.width, patch_size)
+    ]
+
+
+def expand2square(pil_img: Image.Image, background_color: tuple[int, ...]) -> Image.Image:
+    """Pad the shorter side of a picture with a colour, keeping it centred."""
+    side = max(pil_img.size)
+    square = Image.new(pil_img.mode, (side, side), background_color)
+    square.paste(pil_img, ((side - pil_img.width) // 2, (side - pil_img.height) // 2))
+    return square
+
+
+def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: Any) -> Tensor:
+    """Turn a picture into the views of its AnyRes grid.
+
+    Returns:
+        `[1 + n, 3, S, S]`: the thumbnail (the whole picture, squashed to a square), then the crops row-major.
+    """
+    canvas = best_resolution(image.size, parse_pinpoints(grid_pinpoints))
+    tile, shortest = processor.crop_size["height"], processor.size["shortest_edge"]
+    crops = divide_to_patches(resize_and_pad_image(image, canvas), tile)
+    return _pixels([image.resize((shortest, shortest)), *crops], processor)
+
+
+def _pixels(images: list[Image.Image], processor: Any) -> Tensor:
+    return cast(Tensor, processor.preprocess(images, return_tensors="pt")["pixel_values"])
+
+
+def process_images(images: list[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
+    """Preprocess pictures of any mode as `model_cfg.image_aspect_ratio` says.
+
+    Args:
+        images: PIL pictures.
+        image_processor: CLIP's.
+        model_cfg: anything with `image_aspect_ratio`, and for `anyres` `image_grid_pinpoints`.
+
+    Returns:
+        `pad`: `[B, 3, S, S]`. `anyres`: `[B, V, 3, S, S]` if all have as many views, else a list of `[V, 3, S, S]`.
+        Otherwise `[B, 3, S, S]`, resized and centre-cropped by CLIP's processor.
+    """
+    images = [to_rgb(image) for image in images]
+    mode = getattr(model_cfg, "image_aspect_ratio", None)
+    if mode == "anyres":
+        views = [process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in images]
+    elif mode == "pad":
+        colour = tuple(int(255 * mean) for mean in image_processor.image_mean)
+        views = [_pixels([expand2square(image, colour)], image_processor)[0] for image in images]
+    else:
+        return _pixels(images, image_processor)
+    return torch.stack(views) if len({view.shape for view in views}) == 1 else views
+
+
+def tokenizer_image_token(
+    prompt: str, tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors: str | None = None
+) -> list[int] | Tensor:
+    """Turn a prompt into ids, `image_token_index` where `<image>` stands.
+
+    Every stretch between images is tokenised on its own, as in training, so each keeps its leading word mark; of the
+    begin-of-sequence ids only the first stays.
+
+    Raises:
+        ValueError: `return_tensors` is neither None nor `"pt"`.
+    """
+    stretches = [list(tokenizer(text).input_ids) for text in prompt.split("<image>")]
+    begins = bool(stretches[0]) and stretches[0][0] == tokenizer.bos_token_id
+    ids = stretches[0][:1] if begins else []
+    for index, stretch in enumerate(stretches):
+        ids += [image_token_index] * (index > 0) + stretch[begins:]
+    if return_tensors is None:
+        return ids
+    if return_tensors == "pt":
+        return torch.tensor(ids, dtype=torch.long)
+    raise ValueError(f"return_tensors must be None or 'pt', got {return_tensors!r}")
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """Return the last part of a path; of `…/run/checkpoint-5` it is `run_checkpoint-5`."""
+    parts = model_path.strip("/").split("/")
+    return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+
+class KeywordsStoppingCriteria:
+    """Stops when every row of the output ends with one of the keywords, or its decoded tail contains one."""
+
+    def __init__(self, keywords: list[str], tokenizer: Any, input_ids: Tensor) -> None:
+        """Prepare the keywords' ids; `input_ids` `[B, L]` is the prompt."""
+        self.keywords, self.tokenizer = keywords, tokenizer
+        ids = [tokenizer(keyword).input_ids for keyword in keywords]
+        self.keyword_ids = [torch.tensor(i[1:] if len(i) > 1 and i[0] == tokenizer.bos_token_id else i) for i in ids]
+        self.max_keyword_len = max(map(len, self.keyword_ids), default=0)
+        self.start_len = input_ids.shape[1]
+
+    def __call__(self, output_ids: Tensor, scores: Any, **kwargs: Any) -> bool:
+        """Tell whether all rows `[B, L]` have ended."""
+        return all(self._ended(row) for row in output_ids)
+
+    def _ended(self, row: Tensor) -> bool:
+        for ids in self.keyword_ids:
+            if len(ids) <= len(row) and torch.equal(row[-len(ids) :], ids.to(row.device)):
+                return True
+        # As in LLaVA: the tail is only decoded once the output is longer than the prompt was.
+        tail = min(len(row) - self.start_len, self.max_keyword_len)
+        if tail <= 0:
+            return False
+        text = self.tokenizer.decode(row[-tail:], skip_special_tokens=True)
+        return any(keyword in text for keyword in self.keywords)

@@ -1,0 +1,89 @@
+"""`forward` and `generate` with images, for every language model LLaVA is built on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.compress.trace import GenerationClock, Trace
+from llava.model.llava_arch import LlavaMetaForCausalLM
+
+
+class ImageGeneration(LlavaMetaForCausalLM):
+    """Stands before a causal language model of transformers and hands it compressed sequences."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        images: Tensor | Sequence[Tensor] | None = None,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the language model; `labels` are aligned with `input_ids` and follow the compression.
+
+        Everything but `images` and `image_sizes` means what it means for the language model itself.
+        """
+        if inputs_embeds is None and input_ids is not None:
+            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
+                self.prepare_inputs_labels_for_multimodal(
+                    input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
+                )
+            )
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Tensor | Sequence[Tensor] | None = None,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        trace: Trace | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Answer prompts `[B, L]`; returns new tokens only.
+
+        Args:
+            inputs: ids, IMAGE_TOKEN_INDEX where an image goes; padded on either side, if `attention_mask` says where.
+            images: as in `compress_images`, in the order of the placeholders; None for prompts without images.
+            image_sizes: `(width, height)` of every image in pixels.
+            input_ids: the same as `inputs`.
+            attention_mask: `[B, L]`; None: every id is a token.
+            trace: filled with what happened, if given.
+            **kwargs: for transformers' `generate`.
+
+        Raises:
+            InputError: see `splice_images`.
+        """
+        ids = inputs if inputs is not None else input_ids
+        if ids is None or "inputs_embeds" in kwargs:
+            raise NotImplementedError("generate takes ids and images; inputs_embeds are made from them")
+        kwargs.pop("position_ids", None)  # they follow from the spliced sequence
+        if not kwargs.get("do_sample"):
+            # Callers pass temperature=0 for greedy search; transformers warns about settings greedy search ignores.
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("temperature", "top_p", "top_k")}
+        s = self.splice_images(ids, attention_mask, None, images, image_sizes, padding_side="left", trace=trace)
+        steps = GenerationClock(trace, s.inputs_embeds.device)
+        kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), *steps.criteria]
+        with steps:
+            return super().generate(  # type: ignore[misc]
+                inputs_embeds=s.inputs_embeds, attention_mask=s.attention_mask, **kwargs
+            )

@@ -1,0 +1,1 @@
+"""The projectors from vision to language."""

@@ -1,0 +1,64 @@
+"""Fixtures: miniature checkpoints in the published format, loaded through the real path; no network, fixed seeds."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("LLAVA_RETENTION_RATIO", None)
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava.model.builder import load_pretrained_model
+from llava.model.miniature import write_miniature
+
+# One thread per worker: the models are tiny and the suite runs one worker per core.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a miniature by version; read-only for tests (copy it to change it)."""
+
+    @cache
+    def make(version: str = "v1.6-vicuna") -> Path:
+        return write_miniature(tmp_path_factory.mktemp(version) / "liuhaotian" / "llava-next-7b", version)
+
+    return make
+
+
+class Loaded(NamedTuple):
+    tokenizer: Any
+    model: Any
+    processor: Any
+    context_len: int
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint: Callable[[str], Path]) -> Callable[[str], Loaded]:
+    """A miniature loaded in float32, shared by the session: tests that change the model must undo it."""
+
+    @cache
+    def load(version: str = "v1.6-vicuna") -> Loaded:
+        return Loaded(*load_pretrained_model(str(checkpoint(version))))
+
+    return load
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A random RGB picture with structure at several scales, so that crops and thumbnail differ."""
+    rng = np.random.default_rng((seed, width, height))
+    coarse = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((width, height))
+    fine = rng.integers(-60, 60, (height, width, 3))
+    return Image.fromarray(np.clip(np.asarray(coarse) + fine, 0, 255).astype(np.uint8))
