@@ -160,3 +160,11 @@ conv_templates = {
     "chatml_direct": conv_chatml_direct,
     "mistral_direct": conv_chatml_direct,
 }
+
+
+def template_name(config: Any) -> str:
+    """Return the key of the template a checkpoint was trained with, read from its config and never from its name."""
+    if "mistral" in config.model_type:
+        return "mistral_instruct"
+    # LLaVA-NeXT-34B stands on Yi, whose width no Vicuna has.
+    return "chatml_direct" if config.hidden_size == 7168 else "vicuna_v1"

@@ -5,7 +5,7 @@ from io import BytesIO
 from math import ceil
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -138,6 +138,14 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
     return torch.stack(views) if len({view.shape for view in views}) == 1 else views
 
 
+@overload
+def tokenizer_image_token(
+    prompt: str, tokenizer: Any, image_token_index: int = ..., return_tensors: None = None
+) -> list[int]: ...
+@overload
+def tokenizer_image_token(
+    prompt: str, tokenizer: Any, image_token_index: int = ..., *, return_tensors: str
+) -> Tensor: ...
 def tokenizer_image_token(
     prompt: str, tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors: str | None = None
 ) -> list[int] | Tensor:

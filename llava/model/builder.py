@@ -1,6 +1,10 @@
 """Load any published LLaVA-1.5 / LLaVA-NeXT checkpoint: what it is, is read from its config, never from its name."""
 
 import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from logging import getLogger
 from pathlib import Path
@@ -21,6 +25,7 @@ from llava.model.multimodal_encoder.builder import locate_tower, vision_config
 
 logger = getLogger(__name__)
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 TOWER = "model.vision_tower."
 # What a checkpoint may hold that the model has no place for: rotary tables were once saved with the weights.
 IGNORED = ("rotary_emb.inv_freq", "position_ids")
@@ -94,6 +99,8 @@ def read_config(model_path: str, override: str | None = None) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     remedy = "give the folder of a LLaVA checkpoint, or its hub id"
+    if not Path(model_path).is_dir() and not HUB_ID.fullmatch(model_path):
+        raise InputError(f"there is no folder {model_path!r}; {remedy}")
     try:
         config, _ = PreTrainedConfig.get_config_dict(model_path)
         if override:
@@ -183,11 +190,29 @@ def _classify(raw: dict[str, Any], tower: str) -> tuple[type, Any]:
 def _from_pretrained(cls: Any, path: str, **kwargs: Any) -> tuple[Any, set[str], set[str]]:
     """Load weights; returns the model and the names of missing and of unexpected tensors."""
     try:
-        model, info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
+        with _quiet():
+            model, info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
     except (UnpicklingError, OSError, RuntimeError) as error:
         raise InputError(f"cannot load the weights at {path!r}: {error}") from error
     unexpected = {name for name in info["unexpected_keys"] if not name.endswith(IGNORED)}
     return model, set(info["missing_keys"]), unexpected
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting what `_refuse_incomplete` decides, and its bars out of log files."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _load_language_model(path: str, kwargs: dict[str, Any]) -> Any:

@@ -335,8 +335,11 @@ class LlavaMetaForCausalLM:
         """
         packed = [] if images is None else self.compress_images(images, image_sizes, trace)
         embed = self.get_model().embed_tokens
-        ids, mask, goal = (t if t is None else t.to(embed.weight.device) for t in (input_ids, attention_mask, labels))
-        spliced = splice(ids, packed, embed, attention_mask=mask, labels=goal, padding_side=padding_side)
+        device = embed.weight.device
+        mask, goal = (None if t is None else t.to(device) for t in (attention_mask, labels))
+        spliced = splice(
+            input_ids.to(device), packed, embed, attention_mask=mask, labels=goal, padding_side=padding_side
+        )
         longest, limit = max(spliced.lengths), self.config.max_position_embeddings
         if longest > limit:
             raise InputError(

@@ -1,0 +1,186 @@
+"""Ask a LLaVA about pictures: `python -m llava.eval.run_llava --model-path DIR --image-file IMG --query "…"`.
+
+The answer goes to stdout, the account of the visual tokens to stderr; with `--json` both are one object on stdout.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava.compress import available, get
+from llava.compress.trace import Trace
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IMAGE_PLACEHOLDER,
+    InputError,
+)
+from llava.conversation import conv_templates, template_name
+from llava.mm_utils import load_image, process_images, tokenizer_image_token
+from llava.utils import OneLineParser, run_command
+
+
+def build_prompt(query: str, images: int, config: Any, conv_mode: str | None = None) -> str:
+    """Put a question into the checkpoint's template.
+
+    Args:
+        query: the question; where it names no `<image>` itself, one for each image is put before it.
+        images: number of images.
+        config: the model's.
+        conv_mode: key of `conv_templates`; None: the one the checkpoint was trained with.
+
+    Raises:
+        InputError: there is no such template.
+    """
+    token = DEFAULT_IMAGE_TOKEN
+    if getattr(config, "mm_use_im_start_end", False):
+        token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
+    text = query.replace(IMAGE_PLACEHOLDER, token)
+    if DEFAULT_IMAGE_TOKEN not in text:
+        text = f"{token}\n" * images + text
+    mode = conv_mode or template_name(config)
+    if mode not in conv_templates:
+        raise InputError(f"unknown conversation template {mode!r}; choose from {', '.join(sorted(conv_templates))}")
+    conversation = conv_templates[mode].copy()
+    conversation.append_message(conversation.roles[0], text)
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()
+
+
+def ask(
+    tokenizer: Any,
+    model: Any,
+    processor: Any,
+    query: str,
+    images: Sequence[Image.Image],
+    *,
+    conv_mode: str | None = None,
+    trace: Trace | None = None,
+    **generation: Any,
+) -> str:
+    """Answer one question about pictures.
+
+    Args:
+        tokenizer: as `load_pretrained_model` returns it, like `model` and `processor`.
+        model: the model.
+        processor: the image processor.
+        query: the question.
+        images: PIL pictures of any mode and size; may be empty.
+        conv_mode: see `build_prompt`.
+        trace: filled with what happened to the visual tokens, if given.
+        **generation: for `generate`, such as `max_new_tokens`.
+    """
+    prompt = build_prompt(query, len(images), model.config, conv_mode)
+    ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
+    views = process_images(list(images), processor, model.config) if images else None
+    sizes = [image.size for image in images]
+    output = model.generate(ids[None], images=views, image_sizes=sizes, trace=trace, **generation)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True)).strip()
+
+
+def eval_model(args: Any) -> None:
+    """Run the command on parsed arguments, or on any object with the attributes of LLaVA's quick start."""
+    given = vars(build_parser().parse_args(["--model-path", "", "--image-file", "", "--query", ""])) | vars(args)
+    paths = [path.strip() for path in given["image_file"].split(given["sep"])]
+    images = [load_image(path) for path in paths]
+    options = {key: given[key] for key in ("retention_ratio", "profile")}
+    method = get(given["method"], **options)
+    ratio = method.ratio  # a bad value in the environment is refused before the model loads
+
+    from llava.model.builder import load_pretrained_model
+
+    load = {key: given[key] for key in ("load_8bit", "load_4bit", "dtype", "vision_tower", "device") if given[key]}
+    tokenizer, model, processor, _ = load_pretrained_model(
+        given["model_path"], given["model_base"], given["model_name"], **load
+    )
+    if processor is None:
+        raise InputError(f"{given['model_path']!r} is a language model without vision; give a LLaVA checkpoint")
+    model.method = method
+    trace = Trace()
+    sampling = given["temperature"] > 0
+    answer = ask(
+        tokenizer,
+        model,
+        processor,
+        given["query"],
+        images,
+        conv_mode=given["conv_mode"],
+        trace=trace,
+        do_sample=sampling,
+        temperature=given["temperature"] if sampling else None,
+        top_p=given["top_p"],
+        num_beams=given["num_beams"],
+        max_new_tokens=given["max_new_tokens"],
+    )
+    ledger = trace.ledger()
+    if given["json"]:
+        print(json.dumps({"answer": answer, "query": given["query"], "retention_ratio": ratio, **ledger}))
+    else:
+        sys.stderr.write(describe(ledger, paths))
+        print(answer)
+
+
+def describe(ledger: dict[str, Any], names: Sequence[str]) -> str:
+    """Write a ledger for people."""
+    lines = [f"method {ledger['method']}"]
+    for name, image in zip(names, ledger["images"], strict=True):
+        before, after = image["patches_before"], image["patches_after"]
+        width, height = image["size"]
+        grid = f"a {image['grid'][0]}x{image['grid'][1]} grid" if image["grid"] else "a single view"
+        lines.append(f"image {Path(name).name}: {width}x{height}, {grid}")
+        lines.append(f"  ratio {image['requested_ratio']:g} of {sum(before)} patches: planned {image['planned']}")
+        views = ["thumbnail", *(f"crop {j + 1}" for j in range(len(before) - 1))]
+        kept = ", ".join(f"{view} {k} of {n}" for view, k, n in zip(views, after, before, strict=True))
+        lines.append(f"  kept {image['kept']} ({image['kept_ratio']:.1%}): {kept}")
+        if image["grid"]:
+            lines.append(f"  crop ratios {', '.join('-' if r is None else f'{r:.3f}' for r in image['crop_ratios'])}")
+        lines.append(f"  {image['tokens']} tokens with {image['newlines']} newlines")
+    lines.append(f"sequence of {', '.join(map(str, ledger['sequence_lengths']))} tokens")
+    lines.append("seconds: " + ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in ledger["seconds"].items()))
+    return "\n".join(lines) + "\n"
+
+
+def add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose and configure a compression method."""
+    parser.add_argument("--method", default="globalcom2", help=f"{', '.join(available())}, or a call with fields")
+    parser.add_argument("--retention-ratio", help="kept / uncompressed visual tokens, in (0, 1]")
+    parser.add_argument("--profile", help="corrected, released or paper")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which checkpoint is loaded, and how."""
+    parser.add_argument("--model-path", required=True, help="folder or hub id of a LLaVA checkpoint")
+    parser.add_argument("--model-base", help="language model that a LoRA or projector belongs to")
+    parser.add_argument("--vision-tower", help="folder of the CLIP model, instead of the config's")
+    parser.add_argument("--device", help="cuda (default), cpu, …")
+    parser.add_argument("--dtype", help="float16 (default on CUDA), bfloat16, float32 (default elsewhere)")
+    parser.add_argument("--load-8bit", action="store_true")
+    parser.add_argument("--load-4bit", action="store_true")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = OneLineParser(prog="llava.eval.run_llava", description="Ask a LLaVA about pictures.")
+    add_model_arguments(parser)
+    parser.add_argument("--model-name", help="accepted for compatibility")
+    parser.add_argument("--image-file", required=True, help="picture files, separated by --sep")
+    parser.add_argument("--sep", default=",")
+    parser.add_argument("--query", required=True)
+    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
+    parser.add_argument("--top-p", "--top_p", type=float)
+    parser.add_argument("--num-beams", "--num_beams", type=int, default=1)
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_method_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(lambda: eval_model(build_parser().parse_args()))
