@@ -23,6 +23,8 @@ def load_image(source: str | PathLike[str]) -> Image.Image:
         InputError: the file is missing, empty, truncated, no picture, or larger than 178 megapixels.
     """
     path = Path(source)
+    if "://" in str(source):
+        raise InputError(f"image file {str(source)!r} is an address; download it and give the file")
     try:
         with Image.open(path) as image:
             return to_rgb(image)

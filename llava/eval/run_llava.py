@@ -86,7 +86,8 @@ def ask(
 
 def eval_model(args: Any) -> None:
     """Run the command on parsed arguments, or on any object with the attributes of LLaVA's quick start."""
-    given = vars(build_parser().parse_args(["--model-path", "", "--image-file", "", "--query", ""])) | vars(args)
+    defaults = vars(build_parser().parse_args(["--model-path", "", "--image-file", "", "--query", ""]))
+    given = {key: getattr(args, key, default) for key, default in defaults.items()}
     paths = [path.strip() for path in given["image_file"].split(given["sep"])]
     images = [load_image(path) for path in paths]
     options = {key: given[key] for key in ("retention_ratio", "profile")}
@@ -182,5 +183,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def main() -> None:
+    """Run the command."""
+    eval_model(build_parser().parse_args())
+
+
 if __name__ == "__main__":
-    run_command(lambda: eval_model(build_parser().parse_args()))
+    run_command(main)

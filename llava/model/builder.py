@@ -81,7 +81,7 @@ def load_pretrained_model(
         missing -= _load_additions(model, model_path)
     missing -= _load_tower(model, missing, raw.get("unfreeze_mm_vision_tower", False))
     _refuse_incomplete(missing, unexpected, model_path)
-    if (Path(model_path) / "adapter_config.json").is_file():
+    if _find(model_path, "adapter_config.json"):
         model = _merge_lora(model, model_path)
     model.get_vision_tower().is_loaded = True
     _add_image_tokens(tokenizer, model, raw)
@@ -96,21 +96,30 @@ def read_config(model_path: str, override: str | None = None) -> dict[str, Any]:
     Raises:
         InputError: there is no readable config.
     """
-    from transformers import PreTrainedConfig
-
     remedy = "give the folder of a LLaVA checkpoint, or its hub id"
     if not Path(model_path).is_dir() and not HUB_ID.fullmatch(model_path):
         raise InputError(f"there is no folder {model_path!r}; {remedy}")
     try:
-        config, _ = PreTrainedConfig.get_config_dict(model_path)
-        if override:
-            file = Path(override)
-            config |= json.loads((file / "config.json" if file.is_dir() else file).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"no readable config at {override or model_path!r}; {remedy} ({error})") from error
-    if not config:
+        file = _find(model_path, "config.json")
+    except OSError as error:
+        raise InputError(f"cannot fetch {model_path!r} from the hub; {remedy} ({error})") from error
+    if file is None:
         raise InputError(f"no config.json at {model_path!r}; {remedy}")
+    config = _read_object(file)
+    if override:
+        file = Path(override)
+        config |= _read_object(file / "config.json" if file.is_dir() else file)
     return config
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(file)!r} is no readable JSON ({error})") from error
+    if not isinstance(found, dict) or not found:
+        raise InputError(f"{str(file)!r} must hold a JSON object with a checkpoint's config")
+    return found
 
 
 def load_tokenizer(path: str) -> Any:
@@ -121,9 +130,9 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer, LlamaTokenizer
 
-    settings = Path(path) / "tokenizer_config.json"
+    settings = _find(path, "tokenizer_config.json")
     try:
-        named = json.loads(settings.read_text()).get("tokenizer_class") if settings.is_file() else None
+        named = _read_object(settings).get("tokenizer_class") if settings else None
         cls = LlamaTokenizer if (named or "Llama").startswith("Llama") else AutoTokenizer
         tokenizer = cls.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -131,6 +140,19 @@ def load_tokenizer(path: str) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _find(path: str, name: str) -> Path | None:
+    """Return a file of a folder or hub repository, or None if it has none of that name."""
+    if Path(path).is_dir():
+        return file if (file := Path(path) / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(path, name))
+    except EntryNotFoundError:
+        return None
 
 
 def _placement(
@@ -225,9 +247,7 @@ def _load_language_model(path: str, kwargs: dict[str, Any]) -> Any:
 
 def _load_additions(model: nn.Module, path: str) -> set[str]:
     """Load what a LoRA or projector folder adds to its base; returns the names of the tensors it filled."""
-    folder = Path(path)
-    files = [folder / name for name in ("non_lora_trainables.bin", "mm_projector.bin")]
-    file = next((file for file in files if file.is_file()), None)
+    file = _find(path, "non_lora_trainables.bin") or _find(path, "mm_projector.bin")
     if file is None:
         raise InputError(
             f"{path!r} has neither non_lora_trainables.bin nor mm_projector.bin, so model_base is of no use"

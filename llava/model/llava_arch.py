@@ -31,7 +31,7 @@ from llava.compress import base
 from llava.compress.attach import attach
 from llava.compress.base import Compressor, Layout, Plan, Selection, Taps, Views
 from llava.compress.pack import Packed, pack
-from llava.compress.tokens import budget, fill_shares, round_shares, top_indices, unit
+from llava.compress.tokens import fill_shares, round_shares, top_indices, unit
 from llava.compress.trace import ImageTrace, Trace
 from llava.constants import InputError
 from llava.model.multimodal_encoder.builder import build_vision_tower
@@ -182,7 +182,7 @@ class GlobalCom2(Compressor):
             return super().plan(grid, layout)
         if self.profile == "corrected" or not n:
             return base.exact_plan(ratio, grid, layout.unpad)
-        thumbnail, sizes = budget(ratio, grid.patches_per_view), grid.crop_patches(layout.unpad)
+        thumbnail, sizes = base.split_budget(ratio, grid, layout.unpad)[0], grid.crop_patches(layout.unpad)
         # The margin covers the 1e-8 in eq. 4 and rounding, which can cost a token where the bound is an integer.
         low, high = ratio * (1 - 1 / n) - 1e-6, min(1.0, ratio * (2 - 1 / n) + 1e-6)
         return Plan(
