@@ -42,7 +42,7 @@ def resolve_ratio(ratio: float | None) -> float:
     """
     if ratio is not None:
         return parse_ratio(ratio)
-    if RATIO_VARIABLE in os.environ:
+    if os.environ.get(RATIO_VARIABLE):
         return parse_ratio(os.environ[RATIO_VARIABLE], RATIO_VARIABLE)
     from llava.model import llava_arch  # here, because llava_arch is built on this module
 

@@ -27,6 +27,7 @@ logger = getLogger(__name__)
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 TOWER = "model.vision_tower."
+COMPRESSION = ("method", "retention_ratio", "profile")
 # What a checkpoint may hold that the model has no place for: rotary tables were once saved with the weights.
 IGNORED = ("rotary_emb.inv_freq", "position_ids")
 
@@ -68,20 +69,23 @@ def load_pretrained_model(
     """
     kwargs.pop("multimodal", None)
     raw = read_config(model_path, kwargs.pop("customized_config", None))
-    compression = {key: kwargs.pop(key, None) or raw.pop(key, None) for key in ("method", "retention_ratio", "profile")}
+    given = {key: raw.pop(key, None) for key in COMPRESSION} | {k: kwargs.pop(k) for k in COMPRESSION if k in kwargs}
+    method = get(given["method"] or "globalcom2", retention_ratio=given["retention_ratio"], profile=given["profile"])
     kwargs = _placement(kwargs, load_8bit, load_4bit, device_map, device, use_flash_attn)
     tokenizer = load_tokenizer(model_base or model_path)
     if "mm_vision_tower" not in raw:
         return tokenizer, _load_language_model(model_path, kwargs), None, raw.get("max_sequence_length", 2048)
     tower = locate_tower(kwargs.pop("vision_tower", None) or raw["mm_vision_tower"], model_path)
     cls, config = _classify(raw, tower)
-    method = get(compression.pop("method") or "globalcom2", **compression)
+    lora = _find(model_path, "adapter_config.json") is not None
+    if lora and not model_base:
+        raise InputError(f"{model_path!r} is a LoRA; give the model it belongs to as model_base")
     model, missing, unexpected = _from_pretrained(cls, model_base or model_path, config=config, **kwargs)
     if model_base:
         missing -= _load_additions(model, model_path)
     missing -= _load_tower(model, missing, raw.get("unfreeze_mm_vision_tower", False))
     _refuse_incomplete(missing, unexpected, model_path)
-    if _find(model_path, "adapter_config.json"):
+    if lora:
         model = _merge_lora(model, model_path)
     model.get_vision_tower().is_loaded = True
     _add_image_tokens(tokenizer, model, raw)
