@@ -29,7 +29,8 @@ def __getattr__(name: str) -> Any:
 
 def _warn_about_a_second_owner() -> None:
     """Say so when another distribution also installed a package called `llava` (pip overwrites silently)."""
-    others = sorted(set(packages_distributions().get("llava", ())) - {"globalcom2"})
+    owners = packages_distributions().get("llava", ())
+    others = sorted({name for name in owners if name} - {"globalcom2"})  # a half-removed one has no name
     if others:
         warn(
             f"the import name 'llava' is also installed by {', '.join(others)}; the files of one overwrite the "

@@ -17,9 +17,16 @@ Size = tuple[int, int]
 
 
 def parse_pinpoints(pinpoints: str | Sequence[Sequence[int]]) -> list[Size]:
-    """Return the canvas sizes `[(W, H), …]` of a config entry, given as a list or as its string form."""
-    pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
-    return [(int(width), int(height)) for width, height in pairs]
+    """Return the canvas sizes `[(W, H), …]` of a config entry, given as a list or as its string form.
+
+    Raises:
+        InputError: it is neither.
+    """
+    try:
+        pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+        return [(int(width), int(height)) for width, height in pairs]
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise InputError(f"image_grid_pinpoints must be a list of [width, height], got {pinpoints!r}") from error
 
 
 def best_resolution(image_size: Size, resolutions: Sequence[Size]) -> Size:

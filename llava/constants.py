@@ -18,3 +18,7 @@ class InputError(ValueError):
 
     Commands print it alone and exit with code 2; any other exception is a defect of ours and keeps its traceback.
     """
+
+    def __init__(self, message: str) -> None:
+        """Take the message; what it quotes of other errors is put on the one line."""
+        super().__init__(" ".join(message.split()))

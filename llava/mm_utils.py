@@ -30,13 +30,15 @@ def load_image(source: str | PathLike[str]) -> Image.Image:
             return to_rgb(image)
     except FileNotFoundError:
         problem = "does not exist; check the path"
+    except PermissionError:
+        problem = "may not be read; check its permissions"
     except IsADirectoryError:
         problem = "is a folder; give a picture file"
     except UnidentifiedImageError:
         problem = "is empty; save it again" if not path.stat().st_size else "is not a picture Pillow can read"
     except Image.DecompressionBombError:
         problem = "has more than 178 megapixels; make it smaller"
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on damaged files
+    except Exception as error:  # Pillow's decoders, a plugin per format, raise all kinds on damaged files
         problem = f"cannot be decoded ({error}); save it again"
     raise InputError(f"image file {str(path)!r} {problem}")
 
@@ -49,9 +51,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if 0 in image.size:
         raise InputError(f"image of {image.width}x{image.height} pixels: both sides must be at least 1")
-    if image.mode.startswith("I;16"):
-        # Pillow would clip 16 bits to 8 and turn nearly all of it white.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I"):
+        # Pillow would clip more than 8 bits to 8 and turn nearly all of it white.
+        levels = np.asarray(image)
+        deep = image.mode != "I" or levels.max() > 255
+        image = Image.fromarray((levels >> 8 if deep else levels).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -159,7 +163,10 @@ def tokenizer_image_token(
     Raises:
         ValueError: `return_tensors` is neither None nor `"pt"`.
     """
-    stretches = [list(tokenizer(text).input_ids) for text in prompt.split("<image>")]
+    # SentencePiece puts its word mark before a leading space too; transformers' tokenizers put none there.
+    swallowed = " " if tokenizer(" a").input_ids == tokenizer("a").input_ids else ""
+    texts = (swallowed + text if text.startswith(" ") else text for text in prompt.split("<image>"))
+    stretches = [list(tokenizer(text).input_ids) for text in texts]
     begins = bool(stretches[0]) and stretches[0][0] == tokenizer.bos_token_id
     ids = stretches[0][:1] if begins else []
     for index, stretch in enumerate(stretches):
@@ -182,7 +189,9 @@ class KeywordsStoppingCriteria:
 
     def __init__(self, keywords: list[str], tokenizer: Any, input_ids: Tensor) -> None:
         """Prepare the keywords' ids; `input_ids` `[B, L]` is the prompt."""
-        self.keywords, self.tokenizer = keywords, tokenizer
+        # Some templates end turns with nothing, which every text would contain.
+        self.keywords = keywords = [keyword for keyword in keywords if keyword]
+        self.tokenizer = tokenizer
         ids = [tokenizer(keyword).input_ids for keyword in keywords]
         self.keyword_ids = [torch.tensor(i[1:] if len(i) > 1 and i[0] == tokenizer.bos_token_id else i) for i in ids]
         self.max_keyword_len = max(map(len, self.keyword_ids), default=0)

@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from llava.compress import available
 from llava.constants import InputError
 
 
@@ -25,7 +26,31 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print `prog: error: message` without the usage block and exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
+
+
+def add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose and configure a compression method."""
+    parser.add_argument("--method", default="globalcom2", help=f"{', '.join(available())}, or a call with fields")
+    parser.add_argument("--retention-ratio", help="kept / uncompressed visual tokens, in (0, 1]")
+    parser.add_argument("--profile", help="corrected, released or paper")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which checkpoint is loaded, and how."""
+    parser.add_argument("--model-path", required=True, help="folder or hub id of a LLaVA checkpoint")
+    parser.add_argument("--model-base", help="language model that a LoRA or projector belongs to")
+    parser.add_argument("--vision-tower", help="folder of the CLIP model, instead of the config's")
+    parser.add_argument("--device", help="cuda (default), cpu, …")
+    parser.add_argument("--dtype", help="float16 (default on CUDA), bfloat16, float32 (default elsewhere)")
+    parser.add_argument("--load-8bit", action="store_true")
+    parser.add_argument("--load-4bit", action="store_true")
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what `add_model_arguments` was given as keywords of `load_pretrained_model`, paths left out."""
+    names = ("load_8bit", "load_4bit", "dtype", "vision_tower", "device")
+    return {name: getattr(args, name) for name in names if getattr(args, name)}
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -33,5 +58,5 @@ def run_command(command: Callable[[], None]) -> None:
     try:
         command()
     except InputError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None

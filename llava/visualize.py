@@ -18,9 +18,8 @@ from llava.anyres import AnyResGrid
 from llava.compress import get
 from llava.compress.trace import ImageTrace, Trace
 from llava.constants import InputError
-from llava.eval.run_llava import add_method_arguments, add_model_arguments
 from llava.mm_utils import load_image, process_images
-from llava.utils import OneLineParser, run_command
+from llava.utils import OneLineParser, add_method_arguments, add_model_arguments, load_options, run_command
 
 GAP, TITLE, BLEACH, LEGIBLE = 12, 28, 0.8, 168
 Pixels = NDArray[np.uint8]
@@ -139,10 +138,7 @@ def visualize(args: argparse.Namespace) -> None:
 
     from llava.model.builder import load_pretrained_model
 
-    load = {key: getattr(args, key) for key in ("load_8bit", "load_4bit", "dtype", "vision_tower", "device")}
-    _, model, processor, _ = load_pretrained_model(
-        args.model_path, args.model_base, **{key: value for key, value in load.items() if value}
-    )
+    _, model, processor, _ = load_pretrained_model(args.model_path, args.model_base, **load_options(args))
     model.method = method
     pixels = process_images([image], processor, model.config)
     trace = Trace()

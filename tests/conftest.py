@@ -51,7 +51,7 @@ def loaded(checkpoint: Callable[[str], Path]) -> Callable[[str], Loaded]:
 
     @cache
     def load(version: str = "v1.6-vicuna") -> Loaded:
-        return Loaded(*load_pretrained_model(str(checkpoint(version))))
+        return Loaded(*load_pretrained_model(str(checkpoint(version)), device="cpu"))
 
     return load
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import pkgutil
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -51,13 +52,13 @@ def get(spec: str, **fallback: Any) -> Compressor:
         InputError: unknown method, field or value.
     """
     name, given = _parse(spec)
-    fields = {key: value for key, value in fallback.items() if value is not None} | given
+    values = {key: value for key, value in fallback.items() if value is not None} | given
     cls = method_class(name)
-    unknown = fields.keys() - {field for field in cls.__dataclass_fields__}
+    known = [field.name for field in dataclasses.fields(cls)]
+    unknown = sorted(values.keys() - set(known))
     if unknown:
-        known = ", ".join(cls.__dataclass_fields__)
-        raise InputError(f"method {name} has no field {', '.join(sorted(unknown))}; it has {known}")
-    return cls(**fields)
+        raise InputError(f"method {name} has no field {', '.join(unknown)}; it has {', '.join(known)}")
+    return cls(**values)
 
 
 def _parse(spec: str) -> tuple[str, dict[str, Any]]:
@@ -68,8 +69,12 @@ def _parse(spec: str) -> tuple[str, dict[str, Any]]:
             return node.id, {}
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
             pairs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+            if len(pairs) < len(node.keywords):
+                raise InputError(f"method {spec!r} names a field twice: {', '.join(str(k.arg) for k in node.keywords)}")
             if None not in pairs:
                 return node.func.id, {str(key): value for key, value in pairs.items()}
+    except InputError:
+        raise
     except (SyntaxError, ValueError):
         pass
     raise InputError(f"cannot read method {spec!r}; write a name or a call like globalcom2(profile='released')")

@@ -7,7 +7,7 @@ what it intends for an image of a given size (`Plan`) and chooses tokens (`Selec
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,6 +169,8 @@ class Compressor:
     paper: ClassVar[str] = ""
     profiles: ClassVar[tuple[str, ...]] = ("corrected",)
     taps: ClassVar[Taps] = Taps()
+    query_agnostic: ClassVar[bool] = True
+    """The selection does not depend on the prompt, so that all questions about an image can share it."""
 
     retention_ratio: float | None = None
     """Kept ÷ uncompressed visual tokens, in (0, 1]; None: LLAVA_RETENTION_RATIO, else line 101 of llava_arch."""
@@ -182,6 +184,13 @@ class Compressor:
         if self.profile not in self.profiles:
             raise InputError(f"{self.name} has no profile {self.profile!r}; choose from {', '.join(self.profiles)}")
 
+    def _require(self, field: str, kind: type, low: float, high: float) -> None:
+        """Refuse a number that is none, or outside [low, high]; for `__post_init__`."""
+        value: Any = getattr(self, field)
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if not number or not low <= float(value) <= high:
+            raise InputError(f"{self.name}'s {field} must be in [{low:g}, {high:g}], got {value!r}")
+
     @property
     def ratio(self) -> float:
         """The retention ratio in force, resolved now."""
@@ -194,11 +203,11 @@ class Compressor:
 
     def select(self, views: Views) -> Selection:
         """Choose the tokens of one image. Reads nothing back from the device; does not change its argument."""
-        counts = (views.grid.patches_per_view, *views.grid.crop_patches(views.layout.unpad))
         return Selection(
             order=top_indices(views.valid.float(), views.valid),
-            count=torch.tensor(counts, device=views.features.device),
-            total=sum(counts),
+            count=views.valid.sum(1),
+            # What the encoder left of the image follows from its size only if the encoder left all of it.
+            total=views.grid.n_patches(views.layout.unpad) if views.ids is None else None,
             layout=views.layout,
         )
 

@@ -57,7 +57,7 @@ def pack(
     if selection.extra is not None:
         extra = selection.extra
         chosen = torch.cat((chosen, extra.features.to(chosen.dtype)))
-        keys.append(_extra_places(views, place, extra.view, extra.anchor))
+        keys.append(_extra_places(views, _table(views, selection), extra.view, extra.anchor))
         origins.append(torch.full_like(keys[-1], EXTRA))
     tokens = projector(chosen)  # [total + E, D]
     rows = _newline_rows(views, selection) if newline is not None else key[:0]
@@ -70,34 +70,39 @@ def pack(
     return Packed(features=tokens[sequence], origin=torch.cat(origins)[sequence], patches=total, newlines=len(rows))
 
 
-def _places(views: Views, selection: Selection) -> Tensor:
-    """Sort key `[V, N]` of every token: N thumbnail places, then the canvas rows, each with a place for its newline."""
+def _table(views: Views, selection: Selection) -> Tensor:
+    """Sort key `[V, N]` of every patch: N thumbnail places and one behind, then canvas rows, each with a newline's."""
     grid, layout = views.grid, selection.layout
     n, side = grid.patches_per_view, grid.side
     device = views.features.device
-    slot = torch.arange(views.features.shape[1], device=device).expand(grid.n_views, -1)
-    patch = slot if views.ids is None else views.ids  # [V, N]
+    patch = torch.arange(n, device=device).expand(grid.n_views, -1)
     thumbnail = patch[:1]
     if layout.thumbnail == "score":
-        thumbnail = torch.empty_like(thumbnail).scatter(1, selection.order[:1], slot[:1])
+        ranked = selection.order[:1] if views.ids is None else views.ids[:1].gather(1, selection.order[:1])
+        thumbnail = torch.full_like(thumbnail, n).scatter(1, ranked, patch[:1, : ranked.shape[1]])
     if grid.crops is None:
         return thumbnail
     crop = torch.arange(grid.n_crops, device=device)[:, None]
     if layout.placement == "flat":
-        return torch.cat((thumbnail, n * (1 + crop) + patch[1:]))
+        return torch.cat((thumbnail, n + 1 + n * crop + patch[1:]))
     within = patch[1:]
     if layout.placement == "released":
-        # The rank among the unpadded patches, written as if it were the position in the crop.
         within = views.valid[1:].long().cumsum(1) - 1
     cols = grid.crops[0]
     x = crop % cols * side + within % side
     y = crop // cols * side + within // side
-    return torch.cat((thumbnail, n + y * (grid.canvas[0] + 1) + x))
+    return torch.cat((thumbnail, n + 1 + y * (grid.canvas[0] + 1) + x))
+
+
+def _places(views: Views, selection: Selection) -> Tensor:
+    """Sort key `[V, N']` of every token: its patch's."""
+    table = _table(views, selection)
+    return table if views.ids is None else table.gather(1, views.ids)
 
 
 def _row_end(views: Views, rows: Tensor) -> Tensor:
     """Sort keys of the newlines that close the given canvas rows."""
-    return views.grid.patches_per_view + rows * (views.grid.canvas[0] + 1) + views.grid.canvas[0]
+    return views.grid.patches_per_view + 1 + rows * (views.grid.canvas[0] + 1) + views.grid.canvas[0]
 
 
 def _newline_rows(views: Views, selection: Selection) -> Tensor:
@@ -107,18 +112,18 @@ def _newline_rows(views: Views, selection: Selection) -> Tensor:
         return torch.arange(0, device=device)
     if grid.crops is None:
         return torch.arange(1, device=device)
+    rows = torch.arange(grid.canvas[1], device=device)
     if policy == "canvas":
-        return torch.arange(grid.canvas[1], device=device)
-    _, top, _, bottom = grid.box
-    rows = torch.arange(top, bottom, device=device)
-    if policy == "unpadded":
         return rows
-    occupied = (_places(views, selection)[1:][selection.kept[1:]] - grid.patches_per_view) // (grid.canvas[0] + 1)
+    _, top, _, bottom = grid.box
+    if policy == "unpadded":
+        return rows[top:bottom]
+    occupied = (_places(views, selection)[1:][selection.kept[1:]] - grid.patches_per_view - 1) // (grid.canvas[0] + 1)
     return rows[torch.isin(rows, occupied)]
 
 
-def _extra_places(views: Views, place: Tensor, view: Tensor, anchor: Tensor) -> Tensor:
+def _extra_places(views: Views, table: Tensor, view: Tensor, anchor: Tensor) -> Tensor:
     """Sort keys `[E]` of appended tokens: the place of the anchor, or behind the view where the anchor is N."""
     n = views.grid.patches_per_view
-    behind = torch.where(view == 0, n - 1, _NEVER)
-    return torch.where(anchor < n, place[view, anchor.clamp_max(n - 1)], behind)
+    behind = torch.where(view == 0, n, _NEVER)
+    return torch.where(anchor < n, table[view, anchor.clamp_max(n - 1)], behind)

@@ -18,6 +18,11 @@ class Random(Compressor):
     seed: int = 0
     """Seed of the draw."""
 
+    def __post_init__(self) -> None:
+        """Refuse a seed that is none."""
+        super().__post_init__()
+        self._require("seed", int, -(2**63), 2**63 - 1)
+
     def plan(self, grid: AnyResGrid, layout: Layout = Layout()) -> Plan:  # noqa: B008 - frozen
         """⌊R·N⌋ thumbnail patches and ⌊R·Σ n_j⌋ crop patches, exactly."""
         return exact_plan(self.ratio, grid, layout.unpad)

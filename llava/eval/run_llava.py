@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava.compress import available, get
+from llava.compress import get
 from llava.compress.trace import Trace
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -23,7 +23,7 @@ from llava.constants import (
 )
 from llava.conversation import conv_templates, template_name
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
-from llava.utils import OneLineParser, run_command
+from llava.utils import OneLineParser, add_method_arguments, add_model_arguments, load_options, run_command
 
 
 def build_prompt(query: str, images: int, config: Any, conv_mode: str | None = None) -> str:
@@ -87,41 +87,37 @@ def ask(
 def eval_model(args: Any) -> None:
     """Run the command on parsed arguments, or on any object with the attributes of LLaVA's quick start."""
     defaults = vars(build_parser().parse_args(["--model-path", "", "--image-file", "", "--query", ""]))
-    given = {key: getattr(args, key, default) for key, default in defaults.items()}
-    paths = [path.strip() for path in given["image_file"].split(given["sep"])]
+    args = argparse.Namespace(**{key: getattr(args, key, default) for key, default in defaults.items()})
+    paths = [path.strip() for path in args.image_file.split(args.sep)]
     images = [load_image(path) for path in paths]
-    options = {key: given[key] for key in ("retention_ratio", "profile")}
-    method = get(given["method"], **options)
+    method = get(args.method, retention_ratio=args.retention_ratio, profile=args.profile)
     ratio = method.ratio  # a bad value in the environment is refused before the model loads
 
     from llava.model.builder import load_pretrained_model
 
-    load = {key: given[key] for key in ("load_8bit", "load_4bit", "dtype", "vision_tower", "device") if given[key]}
-    tokenizer, model, processor, _ = load_pretrained_model(
-        given["model_path"], given["model_base"], given["model_name"], **load
-    )
+    tokenizer, model, processor, _ = load_pretrained_model(args.model_path, args.model_base, **load_options(args))
     if processor is None:
-        raise InputError(f"{given['model_path']!r} is a language model without vision; give a LLaVA checkpoint")
+        raise InputError(f"{args.model_path!r} is a language model without vision; give a LLaVA checkpoint")
     model.method = method
     trace = Trace()
-    sampling = given["temperature"] > 0
+    sampling = args.temperature > 0
     answer = ask(
         tokenizer,
         model,
         processor,
-        given["query"],
+        args.query,
         images,
-        conv_mode=given["conv_mode"],
+        conv_mode=args.conv_mode,
         trace=trace,
         do_sample=sampling,
-        temperature=given["temperature"] if sampling else None,
-        top_p=given["top_p"],
-        num_beams=given["num_beams"],
-        max_new_tokens=given["max_new_tokens"],
+        temperature=args.temperature if sampling else None,
+        top_p=args.top_p,
+        num_beams=args.num_beams,
+        max_new_tokens=args.max_new_tokens,
     )
     ledger = trace.ledger()
-    if given["json"]:
-        print(json.dumps({"answer": answer, "query": given["query"], "retention_ratio": ratio, **ledger}))
+    if args.json:
+        print(json.dumps({"answer": answer, "query": args.query, "retention_ratio": ratio, **ledger}))
     else:
         sys.stderr.write(describe(ledger, paths))
         print(answer)
@@ -145,24 +141,6 @@ def describe(ledger: dict[str, Any], names: Sequence[str]) -> str:
     lines.append(f"sequence of {', '.join(map(str, ledger['sequence_lengths']))} tokens")
     lines.append("seconds: " + ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in ledger["seconds"].items()))
     return "\n".join(lines) + "\n"
-
-
-def add_method_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose and configure a compression method."""
-    parser.add_argument("--method", default="globalcom2", help=f"{', '.join(available())}, or a call with fields")
-    parser.add_argument("--retention-ratio", help="kept / uncompressed visual tokens, in (0, 1]")
-    parser.add_argument("--profile", help="corrected, released or paper")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which checkpoint is loaded, and how."""
-    parser.add_argument("--model-path", required=True, help="folder or hub id of a LLaVA checkpoint")
-    parser.add_argument("--model-base", help="language model that a LoRA or projector belongs to")
-    parser.add_argument("--vision-tower", help="folder of the CLIP model, instead of the config's")
-    parser.add_argument("--device", help="cuda (default), cpu, …")
-    parser.add_argument("--dtype", help="float16 (default on CUDA), bfloat16, float32 (default elsewhere)")
-    parser.add_argument("--load-8bit", action="store_true")
-    parser.add_argument("--load-4bit", action="store_true")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -33,7 +33,7 @@ from llava.compress.base import Compressor, Layout, Plan, Selection, Taps, Views
 from llava.compress.pack import Packed, pack
 from llava.compress.tokens import fill_shares, round_shares, top_indices, unit
 from llava.compress.trace import ImageTrace, Trace
-from llava.constants import InputError
+from llava.constants import IMAGE_TOKEN_INDEX, InputError
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import Spliced, splice
@@ -175,6 +175,12 @@ class GlobalCom2(Compressor):
     alpha: float = 0.5
     """α of eq. 8: weight of the thumbnail's view of a patch against its crop's own."""
 
+    def __post_init__(self) -> None:
+        """Refuse values that cannot mean anything."""
+        super().__post_init__()
+        self._require("temperature", float, 1e-6, 1e6)
+        self._require("alpha", float, 0, 1)
+
     def plan(self, grid: AnyResGrid, layout: Layout = Layout()) -> Plan:  # noqa: B008 - frozen
         """Exact for `corrected` and for single views; otherwise the bounds of eq. 5."""
         ratio, n = self.ratio, grid.n_crops
@@ -207,10 +213,9 @@ class GlobalCom2(Compressor):
             count = torch.cat((count, self._count(scores[0], views, crops)))
         layout = views.layout
         if self.profile == "released":
-            newline = "canvas" if layout.newline == "unpadded" else layout.newline
-            layout = replace(layout, newline=newline, thumbnail="score", placement="released")
-        exact = self.profile == "corrected" or not grid.crops
-        return Selection(order=order, count=count, total=thumbnail + crops if exact else None, layout=layout)
+            layout = replace(layout, newline="canvas", thumbnail="score", placement="released")
+        total = thumbnail + crops if self.profile == "corrected" or not grid.crops else None
+        return Selection(order=order, count=count, total=total, layout=layout)
 
     def select_all(self, batch: Sequence[Views]) -> list[Selection]:
         """Select per image; `released` repeats the release's slip of ranking image i by views i, i+1, … of the call."""
@@ -242,9 +247,8 @@ class GlobalCom2(Compressor):
         if self.profile == "paper":
             return self.alpha * overall + (1 - self.alpha) * local
         overall, local = unit(overall, valid), unit(local, valid)
-        if self.profile == "released":
-            return overall + local
-        return self.alpha * overall + (1 - self.alpha) * local
+        alpha = 0.5 if self.profile == "released" else self.alpha  # a sum, as released, ranks as half and half
+        return alpha * overall + (1 - alpha) * local
 
     def _count(self, thumbnail: Tensor, views: Views, total: int) -> Tensor:
         """Tokens every crop keeps: `[n]` (eq. 2-7), stays on the device."""
@@ -252,7 +256,10 @@ class GlobalCom2(Compressor):
         ratios = crop_ratios(importance, self.ratio, self.temperature)
         sizes = views.valid[1:].sum(1).double()
         if self.profile == "corrected":
-            return round_shares(fill_shares(ratios, sizes, total), sizes, total)
+            # Beside a dominant crop the others' ratios may agree to the last bit; odd tokens still go by importance.
+            first = top_indices(importance)
+            rounded = round_shares(fill_shares(ratios, sizes, total)[first], sizes[first], total)
+            return torch.empty_like(rounded).scatter(0, first, rounded)
         if self.profile == "paper":
             ratios = ratios * (self.ratio / ratios.mean())
         return (ratios.clamp_max(1) * sizes).floor().long()
@@ -290,7 +297,7 @@ class LlavaMetaForCausalLM:
         """Encode images, select their tokens, project what is kept and lay it out.
 
         Args:
-            images: `[B, 3, S, S]` single views, or a list (or 5-D tensor) of `[V, 3, S, S]` views per image.
+            images: `[B, 3, S, S]` single views, or a list or 5-D tensor of an image's views `[V, 3, S, S]`.
             image_sizes: `(width, height)` of every image in pixels.
             trace: filled with what happened, if given.
 
@@ -333,13 +340,9 @@ class LlavaMetaForCausalLM:
         Raises:
             InputError: placeholders and images do not match, or a prompt does not fit the model.
         """
-        packed = [] if images is None else self.compress_images(images, image_sizes, trace)
+        packed = [] if images is None or not len(images) else self.compress_images(images, image_sizes, trace)
         embed = self.get_model().embed_tokens
-        device = embed.weight.device
-        mask, goal = (None if t is None else t.to(device) for t in (attention_mask, labels))
-        spliced = splice(
-            input_ids.to(device), packed, embed, attention_mask=mask, labels=goal, padding_side=padding_side
-        )
+        spliced = splice(input_ids.to(embed.weight.device), packed, embed, attention_mask, labels, padding_side)
         longest, limit = max(spliced.lengths), self.config.max_position_embeddings
         if longest > limit:
             raise InputError(
@@ -362,10 +365,10 @@ class LlavaMetaForCausalLM:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]:
         """Return `(input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels)`, as LLaVA does.
 
-        Without images, and for the single new token of a decoding step, the arguments come back as they are;
-        otherwise `input_ids` is None and `inputs_embeds` holds the compressed sequence.
+        Without images, and for the one token of a decoding step, the arguments come back as they are; otherwise
+        `input_ids` is None and `inputs_embeds` holds the compressed sequence.
         """
-        if images is None or input_ids.shape[1] == 1:
+        if input_ids.shape[1] == 1 or (images is None and not bool((input_ids == IMAGE_TOKEN_INDEX).any())):
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         side = self.config.tokenizer_padding_side
         s = self.splice_images(input_ids, attention_mask, labels, images, image_sizes, padding_side=side)

@@ -88,16 +88,17 @@ def published_config(version: str) -> dict[str, Any]:
         "model_type": "llava_mistral" if mistral else "llava",
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "pad_token_id": 0,
         "freeze_mm_mlp_adapter": False,
         "hidden_act": "silu",
         "hidden_size": 64,
         "image_aspect_ratio": "anyres" if anyres else "pad",
         "initializer_range": 0.02,
         "intermediate_size": 128,
+        "max_length": 4096,
         "max_position_embeddings": 4096,
         "mm_hidden_size": VISION["hidden_size"],
         "mm_projector_type": "mlp2x_gelu",
+        "mm_resampler_type": None,
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
@@ -123,11 +124,13 @@ def published_config(version: str) -> dict[str, Any]:
             "image_split_resolution": 224,
             "image_grid_pinpoints": [[TILE * cols, TILE * rows] for cols, rows in GRIDS],
             "mm_patch_merge_type": "spatial_unpad",
+            "mm_projector_lr": None,
             "mm_vision_tower_lr": 2e-06,
             "tokenizer_model_max_length": 4096,
             "tokenizer_padding_side": "right",
         }
-    return config | ({"sliding_window": None} if mistral else {"pretraining_tp": 1, "rope_scaling": None})
+    own = {"pad_token_id": 0, "pretraining_tp": 1, "rope_scaling": None}  # Llama's
+    return config | ({"sliding_window": None} if mistral else own)
 
 
 VOCABULARY = 384

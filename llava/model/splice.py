@@ -35,7 +35,6 @@ def splice(
     input_ids: Tensor,
     packed: Sequence[Packed],
     embed: Callable[[Tensor], Tensor],
-    *,
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     padding_side: str = "right",
@@ -51,9 +50,12 @@ def splice(
         padding_side: `"left"` or `"right"`.
 
     Raises:
-        InputError: there are more or fewer placeholders than images.
+        InputError: there are more or fewer placeholders than images, or the ids are no batch.
     """
-    keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if input_ids.ndim != 2:
+        raise InputError(f"input_ids must be a batch [B, L], got shape {list(input_ids.shape)}; use ids[None] for one")
+    keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
+    keep = keep.bool()
     rows = [ids[kept] for ids, kept in zip(input_ids, keep, strict=True)]
     cuts = [_segments(row) for row in rows]
     placeholders = sum(len(segments) - 1 for segments in cuts)
@@ -73,7 +75,7 @@ def splice(
         prefixes.append(sum(map(len, parts[:-1])) if len(parts) > 1 else 0)
         if labels is not None:
             target = torch.full_like(visual[-1], IGNORE_INDEX, dtype=labels.dtype)
-            own = labels[index][keep[index]]
+            own = labels[index].to(input_ids.device)[keep[index]]
             target[~visual[-1]] = own[rows[index] != IMAGE_TOKEN_INDEX]
             targets.append(target)
     lengths = [len(row) for row in embeds]

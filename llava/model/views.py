@@ -27,6 +27,8 @@ def view_images(
     Raises:
         InputError: sizes are missing or do not fit the images.
     """
+    if isinstance(images, Tensor) and images.ndim not in (4, 5):
+        raise InputError(f"images must be [B, 3, S, S], [B, V, 3, S, S] or a list, got shape {list(images.shape)}")
     whole = isinstance(images, Tensor) and images.ndim == 4
     layout = LAYOUTS["flat" if whole else config.mm_patch_merge_type]
     views = [image if image.ndim == 4 else image[None] for image in images]

@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 from llava.compress.trace import GenerationClock, Trace
+from llava.model.language_model.prefix import SharedPrefix
 from llava.model.llava_arch import LlavaMetaForCausalLM
 
 
 class ImageGeneration(LlavaMetaForCausalLM):
     """Stands before a causal language model of transformers and hands it compressed sequences."""
+
+    generation_config: Any
+    state_dict: Any
 
     def forward(
         self,
@@ -47,6 +51,18 @@ class ImageGeneration(LlavaMetaForCausalLM):
             **kwargs,
         )
 
+    def save_pretrained(self, save_directory: Any, *, state_dict: Any = None, **kwargs: Any) -> None:
+        """Save under the published names, so that other LLaVA code reads the tower too (transformers dropped a level).
+
+        Arguments are those of transformers' `save_pretrained`.
+        """
+        ours, published = "vision_tower.vision_tower.", "vision_tower.vision_tower.vision_model."
+        state = self.state_dict() if state_dict is None else state_dict
+        state = {name.replace(ours, published): tensor for name, tensor in state.items()}
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory, state_dict=state, save_original_format=False, **kwargs
+        )
+
     @torch.no_grad()
     def generate(
         self,
@@ -76,14 +92,39 @@ class ImageGeneration(LlavaMetaForCausalLM):
         ids = inputs if inputs is not None else input_ids
         if ids is None or "inputs_embeds" in kwargs:
             raise NotImplementedError("generate takes ids and images; inputs_embeds are made from them")
-        kwargs.pop("position_ids", None)  # they follow from the spliced sequence
-        if not kwargs.get("do_sample"):
-            # Callers pass temperature=0 for greedy search; transformers warns about settings greedy search ignores.
-            kwargs = {key: value for key, value in kwargs.items() if key not in ("temperature", "top_p", "top_k")}
         s = self.splice_images(ids, attention_mask, None, images, image_sizes, padding_side="left", trace=trace)
         steps = GenerationClock(trace, s.inputs_embeds.device)
         kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), *steps.criteria]
         with steps:
-            return super().generate(  # type: ignore[misc]
-                inputs_embeds=s.inputs_embeds, attention_mask=s.attention_mask, **kwargs
-            )
+            return self._continue(inputs_embeds=s.inputs_embeds, attention_mask=s.attention_mask, **kwargs)
+
+    @torch.no_grad()
+    def generate_after(
+        self, prefix: SharedPrefix, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Answer prompts `[B, L]` of text that continue what `prefix` holds (which is used up); new tokens only.
+
+        Args:
+            prefix: B beginnings, images included.
+            input_ids: the rest of every prompt, padded on either side, if `attention_mask` says where.
+            attention_mask: `[B, L]`; None: every id is a token.
+            **kwargs: for transformers' `generate`.
+        """
+        rest = self.splice_images(input_ids, attention_mask, padding_side="left")
+        # transformers wants the whole sequence and takes its cached part from the cache, whatever stands there.
+        cached = rest.inputs_embeds.new_zeros(len(prefix.mask), prefix.mask.shape[1], rest.inputs_embeds.shape[2])
+        return self._continue(
+            inputs_embeds=torch.cat((cached, rest.inputs_embeds), 1),
+            attention_mask=torch.cat((prefix.mask, rest.attention_mask), 1),
+            past_key_values=prefix.cache,
+            **kwargs,
+        )
+
+    def _continue(self, **kwargs: Any) -> Any:
+        """Call transformers' `generate` on embeddings."""
+        kwargs.pop("position_ids", None)  # they follow from the mask
+        settings = kwargs.get("generation_config") or self.generation_config
+        if not kwargs.get("do_sample", settings.do_sample):
+            # Callers pass temperature=0 for greedy search; transformers warns about settings greedy search ignores.
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("temperature", "top_p", "top_k")}
+        return super().generate(**kwargs)  # type: ignore[misc]

@@ -1,10 +1,24 @@
 """Where a vision tower's shape, preprocessing and weights come from: the checkpoint, a CLIP folder or the hub."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from llava.constants import InputError
+from llava.model.files import HUB_ID, find_file, read_object
+
+TOWER_REMEDY = "give the folder of the CLIP model as vision_tower (--vision-tower), or in config.json's mm_vision_tower"
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "projection_dim",
+    "hidden_act",
+    "layer_norm_eps",
+)
 
 # The one tower of all published LLaVA-1.5 and LLaVA-NeXT checkpoints, so that those which carry their tower's weights
 # load without a second download. (Shape: the model card of openai/clip-vit-large-patch14-336.)
@@ -47,27 +61,28 @@ def vision_config(tower: str) -> dict[str, Any]:
     """
     if tower in KNOWN_TOWERS:
         return dict(KNOWN_TOWERS[tower])
-    from transformers import CLIPVisionConfig
-
-    try:
-        found = CLIPVisionConfig.from_pretrained(tower).to_diff_dict()
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"cannot read the config of vision tower {tower!r}; give its folder as vision_tower=… or in config.json's "
-            f"mm_vision_tower ({error})"
-        ) from error
-    return {key: value for key, value in found.items() if key not in ("transformers_version", "architectures", "dtype")}
+    file = find_file(tower, "config.json")
+    if file is None:
+        raise InputError(f"no config.json at vision tower {tower!r}; {TOWER_REMEDY}")
+    found = read_object(file)
+    found = found.get("vision_config", found)  # a whole CLIP has text and vision
+    return {key: found[key] for key in SHAPE if key in found}
 
 
 def image_processor(tower: str, image_size: int) -> Any:
-    """Return CLIP's image processor on PIL, from the tower's folder if it has one, else with CLIP's own constants."""
+    """Return CLIP's image processor on PIL, from the tower's files if it has them, else with CLIP's own constants.
+
+    Raises:
+        InputError: the tower's preprocessor_config.json is unreadable.
+    """
     from transformers import CLIPImageProcessorPil
 
-    file = Path(tower) / "preprocessor_config.json"
-    if file.is_file():
-        given = json.loads(file.read_text())
-        known = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor")
-        return CLIPImageProcessorPil(**{key: given[key] for key in known if key in given})
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-    )
+    known_or_gone = tower in KNOWN_TOWERS or not (Path(tower).is_dir() or HUB_ID.fullmatch(tower))
+    file = None if known_or_gone else find_file(tower, "preprocessor_config.json")
+    if file is None:
+        return CLIPImageProcessorPil(
+            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+        )
+    given = read_object(file)
+    known = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor")
+    return CLIPImageProcessorPil(**{key: given[key] for key in known if key in given})

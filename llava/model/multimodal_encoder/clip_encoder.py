@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.constants import InputError
-from llava.model.multimodal_encoder.builder import image_processor, vision_config
+from llava.model.multimodal_encoder.builder import TOWER_REMEDY, image_processor, vision_config
+from llava.model.weights import load_model, refuse
 
 
 class CLIPVisionTower(nn.Module):
@@ -48,14 +49,15 @@ class CLIPVisionTower(nn.Module):
         Raises:
             InputError: the weights cannot be had.
         """
+        name = self.vision_tower_name
         try:
-            source = CLIPVisionModel.from_pretrained(self.vision_tower_name, dtype=self.dtype)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"cannot load vision tower {self.vision_tower_name!r}; download it and give its folder as "
-                f"vision_tower=… ({error})"
-            ) from error
-        self.vision_tower.load_state_dict(source.state_dict())
+            source, missing, _ = load_model(CLIPVisionModel, name, dtype=self.dtype)
+        except InputError as error:
+            raise InputError(f"vision tower {name!r}: {error}; {TOWER_REMEDY}") from error
+        own, found = self.vision_tower.state_dict(), source.state_dict()
+        misshapen = [key for key in own if key in found and own[key].shape != found[key].shape]
+        refuse({"missing": missing | (own.keys() - found.keys()), "misshapen": misshapen}, name)
+        self.vision_tower.load_state_dict({key: found[key] for key in own})
         self.is_loaded = True
 
     @property

@@ -1,0 +1,58 @@
+"""KV cache of what several prompts begin with, so that it is computed once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from llava.compress.pack import Packed
+from llava.model.splice import splice
+
+
+@dataclass
+class SharedPrefix:
+    """The beginning of B prompts, already run through the language model.
+
+    Holes in the mask are padding between a shorter beginning and what was appended to it; positions are counted
+    without them, so a prompt's tokens stand where they would stand alone.
+    """
+
+    cache: DynamicCache
+    mask: Tensor
+    """`[B, P]`, 1 for a token."""
+    lengths: list[int]
+    """Tokens per row, padding not counted."""
+
+    @classmethod
+    def empty(cls, model: Any, rows: int) -> "SharedPrefix":
+        """Start `rows` prompts from nothing."""
+        mask = torch.zeros(rows, 0, dtype=torch.long, device=model.device)
+        return cls(DynamicCache(config=model.config), mask, [0] * rows)
+
+    def rows(self, indices: Sequence[int], model: Any) -> "SharedPrefix":
+        """Copy the given rows, each as often as it is named; the original stays as it is."""
+        chosen = torch.tensor(indices, device=self.mask.device)
+        cache = DynamicCache(config=model.config)
+        for number, layer in enumerate(self.cache.layers):
+            if self.mask.shape[1]:
+                cache.update(layer.keys[chosen], layer.values[chosen], number)
+        return SharedPrefix(cache, self.mask[chosen], [self.lengths[i] for i in indices])
+
+    @torch.no_grad()
+    def extend(self, model: Any, ids: Tensor, packed: Sequence[Packed] = ()) -> "SharedPrefix":
+        """Run what comes next, ids `[B, L]` with the images of their placeholders; this prefix is used up."""
+        part = splice(ids.to(model.device), packed, model.get_model().embed_tokens, padding_side="left")
+        whole = torch.cat((self.mask, part.attention_mask), 1)
+        positions = (whole.cumsum(1) - 1).clamp_min(0)[:, self.mask.shape[1] :]
+        model.get_model()(
+            inputs_embeds=part.inputs_embeds,
+            attention_mask=whole,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        lengths = [before + more for before, more in zip(self.lengths, part.lengths, strict=True)]
+        return SharedPrefix(self.cache, whole, lengths)

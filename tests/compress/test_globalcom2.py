@@ -1,0 +1,732 @@
+"""GlobalCom² against hand-computed oracles, a naive second implementation and invariants over random images."""
+
+import inspect
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llava.anyres import AnyResGrid, choose_grid
+from llava.compress import available, get
+from llava.compress.base import Layout, Selection, Views
+from llava.compress.pack import pack
+from llava.compress.tokens import fill_shares
+from llava.constants import InputError
+from llava.model import llava_arch
+from llava.model.llava_arch import (
+    GlobalCom2,
+    crop_importance,
+    crop_ratios,
+    generate_scale_for_crop_features,
+    interpolate_and_split_cls_attn_scores,
+)
+from tests.compress import reference_released as reference
+from tests.compress.reference_released import NL
+
+PROFILES = ("corrected", "released", "paper")
+CHECKPOINT_GRIDS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
+PAPER_GRIDS = [(2, 2), (1, 2), (1, 3), (1, 4), (2, 1), (3, 1), (4, 1)]
+GRIDS = sorted({*CHECKPOINT_GRIDS, *PAPER_GRIDS})
+PINPOINTS = [(336 * cols, 336 * rows) for cols, rows in CHECKPOINT_GRIDS]
+RATIOS = (0.75, 0.5, 0.25, 0.1)
+# Fits without padding, padded above, padded at the sides, both slightly and by far.
+SIZES = [(672, 672), (640, 480), (480, 640), (1000, 400), (400, 1000), (333, 217), (97, 401), (1500, 130)]
+
+
+def views_of(grid: AnyResGrid, scores: Tensor, layout: Layout = Layout()) -> Views:
+    """Views whose [CLS] logits are `scores` [V, N] or, per head, [V, H, N]; the features are one-dimensional."""
+    logits = scores[:, None] if scores.ndim == 2 else scores
+    logits = torch.cat((torch.full_like(logits[..., :1], 9.0), logits), -1)  # a large [CLS] column must not matter
+    features = torch.zeros(grid.n_views, grid.patches_per_view, 1, dtype=scores.dtype, device=scores.device)
+    return Views(features=features, grid=grid, cls_logits={-1: logits}, layout=layout)
+
+
+def noise(grid: AnyResGrid, std: float, seed: int, heads: int | None = None) -> Tensor:
+    """Tie-free random scores."""
+    shape = (grid.n_views, grid.patches_per_view) if heads is None else (grid.n_views, heads, grid.patches_per_view)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std
+
+
+def sequence_of(views: Views, selection: Selection) -> list[reference.Entry]:
+    """The packed sequence in the reference's notation."""
+    packed = pack(views, selection, lambda x: x, torch.zeros(1))
+    n = views.grid.patches_per_view
+    return [NL if origin == -1 else divmod(origin, n) for origin in packed.origin.tolist()]
+
+
+def run(grid: AnyResGrid, scores: Tensor, **fields: object) -> list[reference.Entry]:
+    views = views_of(grid, scores)
+    return sequence_of(views, GlobalCom2(**fields).select(views))
+
+
+def entries(text: str, side: int) -> list[reference.Entry]:
+    """Read the notation of the oracles: `G3` thumbnail patch, `c1(2,0)` crop 1 row 2 column 0, `NL`."""
+    found: list[reference.Entry] = []
+    for word in text.replace("|", " ").split():
+        if word == NL:
+            found.append(NL)
+        elif word[0] == "G":
+            found.append((0, int(word[1:])))
+        else:
+            crop, place = word[1:].rstrip(")").split("(")
+            row, col = map(int, place.split(","))
+            found.append((1 + int(crop), row * side + col))
+    return found
+
+
+# --- oracles ---------------------------------------------------------------------------------------------------------
+
+
+def spread(sums: list[float], side: int) -> Tensor:
+    """Thumbnail scores `[N]` whose regions of a 2x2 grid add up to `sums`."""
+    half = side // 2
+    plane = torch.tensor(sums).reshape(2, 2).repeat_interleave(half, 0).repeat_interleave(half, 1) / half**2
+    return plane.flatten()
+
+
+O3 = [
+    (0.25, [20.0, 10.0, 0.0, -10.0], [0.348479, 0.246721, 0.209286, 0.195515]),
+    (0.25, [0.7, 0.15, 0.1, 0.05], [0.252854, 0.249357, 0.249048, 0.248741]),
+    (0.90, [400.0, 0.0, 0.0, 0.0], [1.0, 0.675, 0.675, 0.675]),
+]
+
+
+@pytest.mark.parametrize(("ratio", "sums", "expected"), O3, ids=["O3", "O3b", "O3c"])
+@pytest.mark.parametrize("side", [4, 24])
+def test_oracle_ratios(ratio: float, sums: list[float], expected: list[float], side: int) -> None:
+    scores = spread(sums, side)
+    scales = generate_scale_for_crop_features(scores, 2, 2, base_scale=ratio)
+    assert isinstance(scales, list)
+    assert all(isinstance(scale, float) for scale in scales)
+    assert scales == pytest.approx(expected, abs=1e-6)
+    # As upstream hands it over: one row of a batch.
+    assert generate_scale_for_crop_features(scores[None], 2, 2, ratio, 10.0) == scales
+    assert crop_importance(scores, 2, 2).tolist() == pytest.approx(sums, abs=1e-4)
+    ratios = crop_ratios(torch.tensor(sums, dtype=torch.float64), ratio, 10.0)
+    assert ratios.clamp_max(1).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+# r·n = 5.576, 3.948, 3.349, 3.128 and 200.72, 142.11, 120.55, 112.62: the release loses two to rounding down.
+O3_COUNTS = [
+    ("released", 4, [5, 3, 3, 3]),
+    ("corrected", 4, [6, 4, 3, 3]),
+    ("released", 24, [200, 142, 120, 112]),
+    ("corrected", 24, [201, 142, 120, 113]),
+]
+
+
+@pytest.mark.parametrize(("profile", "side", "expected"), O3_COUNTS)
+def test_oracle_counts(profile: str, side: int, expected: list[int]) -> None:
+    grid = AnyResGrid(image_size=(672, 672), crops=(2, 2), side=side)
+    scores = noise(grid, 0.01, 0)
+    scores[0] = spread([20.0, 10.0, 0.0, -10.0], side)
+    selection = GlobalCom2(retention_ratio=0.25, profile=profile).select(views_of(grid, scores))
+    assert selection.count.tolist() == [side * side // 4, *expected]
+
+
+def test_a_saturated_crop_gets_a_token_less_than_its_share() -> None:
+    # 0.4375 · 576 = 252, but the 1e-8 in the softmax pushes it below; the exact budget is not touched by that.
+    grid = AnyResGrid(image_size=(672, 672), crops=(2, 2))
+    scores = noise(grid, 0.01, 0)
+    scores[0] += spread([4000.0, 0.0, 0.0, 0.0], 24)
+    views = views_of(grid, scores)
+    assert GlobalCom2(retention_ratio=0.25, profile="released").select(views).count.tolist()[1:] == [251, 108, 108, 108]
+    assert GlobalCom2(retention_ratio=0.25).select(views).count.tolist()[1:] == [252, 108, 108, 108]
+
+
+def test_what_clipping_frees_is_given_away_only_when_corrected() -> None:
+    grid = AnyResGrid(image_size=(672, 672), crops=(2, 2))
+    scores = noise(grid, 0.01, 0)
+    scores[0] += spread([4000.0, 0.0, 0.0, 0.0], 24)
+    views = views_of(grid, scores)
+    released = GlobalCom2(retention_ratio=0.75, profile="released").select(views).count.tolist()[1:]
+    assert released[0] == 576
+    assert sum(released) / 1728 == pytest.approx(0.896, abs=1e-3)
+    assert GlobalCom2(retention_ratio=0.75).select(views).count.tolist()[1:] == [576, 384, 384, 384]
+
+
+O4_SCORES = torch.tensor([[0.5, 2, 1, 4], [0, 0, 0, 10], [3, 4, 0, 0], [0, 5, 0, 12], [1, 1, 1, 2]])
+O4 = {
+    "released": "G3 G1 | c1(0,0) c1(0,1) NL | c0(1,1) NL | c3(0,1) NL | c2(1,1) c3(1,1) NL",
+    # By hand: r·4 = 1.932, 2.002, 1.954, 2.113 of 8, so crops 2 and 0 get the two left over; at unit norm the second
+    # best are c0(0,1) (.485 interpolated, 0 local) and c2(0,1) (.572 + .385), see test_oracle_o4_by_numbers.
+    "corrected": "G1 G3 | c0(0,1) c1(0,0) c1(0,1) NL | c0(1,1) NL | c2(0,1) c3(0,1) NL | c2(1,1) c3(1,1) NL",
+}
+
+
+@pytest.mark.parametrize("profile", O4)
+def test_oracle_o4(profile: str) -> None:
+    grid = AnyResGrid(image_size=(672, 672), crops=(2, 2), side=2)
+    assert run(grid, O4_SCORES, retention_ratio=0.5, profile=profile) == entries(O4[profile], 2)
+
+
+def test_oracle_o4_by_numbers() -> None:
+    # The reference itself against the hand: row factors × column factors of the enlarged thumbnail, and the counts.
+    found = reference.projected(O4_SCORES[0].tolist(), (672, 672), (2, 2), 2)
+    table = np.outer([1, 1.25, 1.75, 2], [0.5, 0.875, 1.625, 2])
+    for crop, scores in enumerate(found):
+        tile = table[crop // 2 * 2 :, crop % 2 * 2 :][:2, :2]
+        assert list(scores.values()) == pytest.approx(tile.flatten().tolist())
+    assert reference.released_counts(O4_SCORES[0].tolist(), (672, 672), (2, 2), 2, 0.5) == [1, 2, 1, 2]
+    assert reference.corrected_counts(O4_SCORES[0].tolist(), (672, 672), (2, 2), 2, 0.5) == [2, 2, 2, 2]
+
+
+def whole_rows(rows: list[str]) -> str:
+    """`"c0:2 c1:2"` to the four tokens of row 2 of crop 0, then of crop 1, and a newline; an empty row is a newline."""
+    text = []
+    for row in rows:
+        for part in row.split():
+            crop, y = part.split(":")
+            text += [f"{crop}({y},{x})" for x in range(4)]
+        text.append(NL)
+    return " ".join(text)
+
+
+THUMBNAIL = " ".join(f"G{i}" for i in range(16)) + " "
+O5 = {
+    # 100x50: the image fills canvas rows 2 to 5; the release moves the upper crops' rows up, padding gets newlines.
+    ("released", (100, 50)): THUMBNAIL
+    + whole_rows(["c0:2 c1:2", "c0:3 c1:3", "", "", "c2:0 c3:0", "c2:1 c3:1", "", ""]),
+    ("corrected", (100, 50)): THUMBNAIL + whole_rows(["c0:2 c1:2", "c0:3 c1:3", "c2:0 c3:0", "c2:1 c3:1"]),
+    # 50x100: columns 2 to 5; the release rewraps two rows of two into one row of four.
+    ("released", (50, 100)): THUMBNAIL
+    + """c0(0,2) c0(0,3) c0(1,2) c0(1,3) c1(0,0) c1(0,1) c1(1,0) c1(1,1) NL
+         c0(2,2) c0(2,3) c0(3,2) c0(3,3) c1(2,0) c1(2,1) c1(3,0) c1(3,1) NL NL NL
+         c2(0,2) c2(0,3) c2(1,2) c2(1,3) c3(0,0) c3(0,1) c3(1,0) c3(1,1) NL
+         c2(2,2) c2(2,3) c2(3,2) c2(3,3) c3(2,0) c3(2,1) c3(3,0) c3(3,1) NL NL NL""",
+    ("corrected", (50, 100)): THUMBNAIL
+    + " ".join(
+        f"{left}({y},2) {left}({y},3) {right}({y},0) {right}({y},1) NL"
+        for left, right in (("c0", "c1"), ("c2", "c3"))
+        for y in range(4)
+    ),
+}
+
+
+@pytest.mark.parametrize(("profile", "size"), O5)
+def test_oracle_o5(profile: str, size: tuple[int, int]) -> None:
+    grid = AnyResGrid(image_size=size, crops=(2, 2), side=4)
+    sequence = run(grid, torch.ones(5, 16), retention_ratio=1.0, profile=profile)
+    assert sequence == entries(O5[profile, size], 4)
+    if size == (100, 50):
+        assert len(sequence) == {"released": 56, "corrected": 52}[profile]
+
+
+def test_oracle_o2_probabilities_and_logits_disagree() -> None:
+    # Mean logits prefer patch 1 (-2.5 < 0), mean probabilities patch 0 (.493 > .253), at which one head looks hard.
+    # Patch 2 stands for the oracle's [CLS] column, as `paper` sums over patches only.
+    grid = AnyResGrid(image_size=(8, 8), side=2)
+    scores = torch.tensor([[[5.0, 0.0, 0.0, -50.0], [-10.0, 0.0, 0.0, -50.0]]])  # [V=1, H=2, N]
+    views = views_of(grid, scores)
+    best = {
+        p: GlobalCom2(retention_ratio=0.25, profile=p).select(views).keep[0].tolist() for p in ("paper", "corrected")
+    }
+    assert best == {"paper": [0], "corrected": [1]}
+
+
+# --- against the naive implementation --------------------------------------------------------------------------------
+
+
+def assert_same(views: Views, selection: Selection, expected: list[reference.Entry]) -> None:
+    assert sequence_of(views, selection) == expected
+    for view, kept in enumerate(selection.keep):
+        mine = [entry[1] for entry in expected if entry != NL and entry[0] == view]
+        assert sorted(kept.tolist()) == sorted(mine)
+        if view == 0 and selection.layout.thumbnail == "score":
+            assert kept.tolist() == mine
+
+
+def assert_order(selection: Selection, worth: list[dict[int, float]]) -> None:
+    """The ranking of the crop patches runs down the reference's worth; 1e-6 is what float32 cannot tell apart."""
+    for order, mine in zip(selection.order[1:].tolist(), worth, strict=True):
+        ranked = [mine[patch] for patch in order[: len(mine)]]
+        assert all(after <= before + 1e-6 for before, after in pairwise(ranked))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("crops", GRIDS)
+def test_released_equals_the_naive_reference(crops: tuple[int, int], size: tuple[int, int]) -> None:
+    # 12 divides by 2, 3 and 4, 7 by none of them: there the last region takes the remainder.
+    for side in (12, 7):
+        grid = AnyResGrid(image_size=size, crops=crops, side=side)
+        for i, ratio in enumerate(RATIOS):
+            scores = noise(grid, (0.05, 0.25, 1.0, 4.0)[i], seed=i + side)
+            views = views_of(grid, scores)
+            selection = GlobalCom2(retention_ratio=ratio, profile="released").select(views)
+            plain = scores.tolist()
+            assert selection.count.tolist()[1:] == reference.released_counts(plain[0], size, crops, side, ratio)
+            assert_same(views, selection, reference.released_sequence(plain, size, crops, side, ratio))
+            assert_order(selection, reference.normalised_worth(plain, size, crops, side))
+
+
+@pytest.mark.parametrize("size", [(672, 672), (640, 480), (480, 640), (1000, 400), (97, 401)])
+@pytest.mark.parametrize("crops", CHECKPOINT_GRIDS)
+def test_released_equals_the_naive_reference_at_full_size(crops: tuple[int, int], size: tuple[int, int]) -> None:
+    grid = AnyResGrid(image_size=size, crops=crops)
+    scores = noise(grid, 0.5, seed=3)
+    views = views_of(grid, scores)
+    for ratio in RATIOS:
+        selection = GlobalCom2(retention_ratio=ratio, profile="released").select(views)
+        assert_same(views, selection, reference.released_sequence(scores.tolist(), size, crops, 24, ratio))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("crops", GRIDS)
+def test_corrected_equals_the_naive_reference(crops: tuple[int, int], size: tuple[int, int]) -> None:
+    for side in (12, 7):
+        grid = AnyResGrid(image_size=size, crops=crops, side=side)
+        for i, ratio in enumerate(RATIOS):
+            scores = noise(grid, (4.0, 1.0, 0.25, 0.05)[i], seed=i + side)
+            views = views_of(grid, scores)
+            selection = GlobalCom2(retention_ratio=ratio).select(views)
+            plain = scores.tolist()
+            assert selection.count.tolist()[1:] == reference.corrected_counts(plain[0], size, crops, side, ratio)
+            assert_same(views, selection, reference.corrected_sequence(plain, size, crops, side, ratio))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("crops", GRIDS)
+def test_paper_equals_the_naive_reference(crops: tuple[int, int], size: tuple[int, int]) -> None:
+    for side in (12, 7):
+        grid = AnyResGrid(image_size=size, crops=crops, side=side)
+        for i, ratio in enumerate(RATIOS):
+            logits = noise(grid, (0.5, 1.0, 2.0, 4.0)[i], seed=i + side, heads=3)
+            views = views_of(grid, logits)
+            rows = views.cls_logits[-1].tolist()
+            for temperature in (10.0, 0.1):  # probabilities share the budget out evenly unless τ is small
+                method = GlobalCom2(retention_ratio=ratio, profile="paper", temperature=temperature)
+                expected = reference.paper_sequence(rows, size, crops, side, ratio, temperature)
+                assert_same(views, method.select(views), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 40.0])
+def test_temperature_reaches_the_ratios(temperature: float) -> None:
+    grid = AnyResGrid(image_size=(640, 480), crops=(2, 2), side=12)
+    scores = noise(grid, 0.3, seed=1)
+    sums = reference.region_sums(scores[0].tolist(), (2, 2), 12)
+    expected = reference.released_ratios(sums, 0.5, temperature)
+    assert generate_scale_for_crop_features(scores[0], 2, 2, 0.5, temperature) == pytest.approx(expected, abs=1e-12)
+    sizes = [len(v) for v in reference.valid_patches((640, 480), (2, 2), 12)]
+    method = GlobalCom2(retention_ratio=0.5, profile="released", temperature=temperature)
+    counts = method.select(views_of(grid, scores)).count.tolist()[1:]
+    assert counts == [int(n * r) for n, r in zip(sizes, expected, strict=True)]
+
+
+@pytest.mark.parametrize("profile", ["corrected", "paper"])
+def test_alpha_chooses_between_the_views(profile: str) -> None:
+    grid = AnyResGrid(image_size=(480, 640), crops=(2, 2), side=12)
+    scores = noise(grid, 1.0, seed=2)
+    if profile == "paper":
+        scores = torch.tensor(reference.softmax_scores(views_of(grid, scores).cls_logits[-1].tolist()))
+        logits = scores.log()  # whose softmax they are
+    else:
+        logits = scores
+    above = reference.projected(scores[0].tolist(), (480, 640), (2, 2), 12)
+    for alpha in (0.0, 1.0):
+        selection = GlobalCom2(retention_ratio=0.25, profile=profile, alpha=alpha).select(views_of(grid, logits))
+        for crop, overall in enumerate(above):
+            worth = overall if alpha else {p: scores[1 + crop, p].item() for p in overall}
+            count = int(selection.count[1 + crop])
+            assert selection.keep[1 + crop].tolist() == sorted(reference.descending(worth)[:count])
+
+
+@pytest.mark.parametrize("crops", GRIDS)
+def test_corrected_and_released_rank_alike(crops: tuple[int, int]) -> None:
+    for seed, size in enumerate(SIZES):
+        grid = AnyResGrid(image_size=size, crops=crops, side=12)
+        views = views_of(grid, noise(grid, 1.0, seed))
+        ours, theirs = (GlobalCom2(retention_ratio=0.5, profile=p).select(views) for p in ("corrected", "released"))
+        for valid, a, b in zip(views.valid.sum(1).tolist(), ours.order.tolist(), theirs.order.tolist(), strict=True):
+            for k in {valid // 10, valid // 4, valid // 2, valid}:
+                assert set(a[:k]) == set(b[:k])
+
+
+# --- invariants over random images -----------------------------------------------------------------------------------
+
+
+def crops_for(draw: st.DrawFn, size: tuple[int, int]) -> tuple[int, int]:
+    return draw(st.sampled_from([choose_grid(size, PINPOINTS, 336), *GRIDS]))
+
+
+@st.composite
+def images(draw: st.DrawFn) -> tuple[AnyResGrid, Tensor]:
+    """An image of any size and aspect with [CLS] scores of any scale, some of them tied."""
+    size = draw(st.tuples(st.integers(1, 3000), st.integers(1, 3000)) | st.sampled_from(EXTREME))
+    grid = AnyResGrid(image_size=size, crops=crops_for(draw, size), side=draw(st.sampled_from([4, 6, 7, 24])))
+    scores = noise(grid, draw(st.sampled_from([0.0, 0.01, 0.1, 1.0, 10.0])), draw(st.integers(0, 2**31)))
+    if draw(st.booleans()):
+        scores = (scores * 2).round() / 2
+    if draw(st.booleans()):  # one region that outweighs everything
+        scores[0, : grid.side] += draw(st.sampled_from([1.0, 100.0]))
+    return grid, scores
+
+
+EXTREME = [(1, 1), (1, 3000), (3000, 1), (10000, 37), (37, 10000), (121, 5), (5, 241), (1009, 14), (14, 1009)]
+ratios = st.floats(1e-4, 1.0) | st.sampled_from([1e-9, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
+
+
+def planned(grid: AnyResGrid, ratio: float) -> tuple[int, int]:
+    """Thumbnail and crop budget as the design words them; an image never vanishes."""
+    n = grid.side**2
+    valid = sum(map(len, reference.valid_patches(grid.image_size, grid.crops, grid.side))) if grid.crops else 0
+    thumbnail, crops = int(ratio * n), int(ratio * valid)
+    return (thumbnail, crops) if thumbnail or crops else (1, 0)
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True)
+@given(image=images(), ratio=ratios)
+def test_corrected_meets_its_budget_exactly(image: tuple[AnyResGrid, Tensor], ratio: float) -> None:
+    grid, scores = image
+    views = views_of(grid, scores)
+    before = [views.features.clone(), views.cls_logits[-1].clone(), views.valid.clone()]
+    method = GlobalCom2(retention_ratio=ratio)
+    selection = method.select(views)
+    after = [views.features, views.cls_logits[-1], views.valid]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    thumbnail, crops = planned(grid, ratio)
+    count = selection.count.tolist()
+    assert count[0] == thumbnail
+    assert sum(count[1:]) == crops
+    plan = method.plan(grid)
+    assert plan.exact
+    assert plan.at_least == selection.total == sum(count)
+    valid = [list(range(grid.side**2)), *reference.valid_patches(grid.image_size, grid.crops, grid.side)]
+    for kept, k, allowed in zip(selection.keep, count, valid, strict=True):
+        assert len(set(kept.tolist())) == k <= len(allowed)
+        assert set(kept.tolist()) <= set(allowed)
+    if ratio == 1:
+        assert count == list(map(len, valid))
+
+    # Importance from the reference's own sums: a more important crop never gets a smaller ratio r_j.
+    sums = reference.region_sums(scores[0].tolist(), grid.crops, grid.side)
+    sizes = torch.tensor([float(len(v)) for v in valid[1:]], dtype=torch.float64)
+    shares = fill_shares(crop_ratios(crop_importance(scores[0], *grid.crops), ratio, 10.0), sizes, crops)
+    assert bool((shares <= sizes).all())
+    assert float(shares.sum()) == pytest.approx(crops, abs=1e-6)
+    for i, a in enumerate(sums):
+        for j, b in enumerate(sums):
+            if not (sizes[i] and sizes[j]) or a < b + 1e-3:  # the product sums float32 scores, as does the reference
+                continue
+            assert shares[i] / sizes[i] >= shares[j] / sizes[j] - 1e-9
+            if sizes[i] == sizes[j]:
+                assert count[1 + i] >= count[1 + j]
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(image=images(), ratio=ratios, profile=st.sampled_from(PROFILES))
+def test_every_profile_keeps_to_its_plan(image: tuple[AnyResGrid, Tensor], ratio: float, profile: str) -> None:
+    grid, scores = image
+    method = GlobalCom2(retention_ratio=ratio, profile=profile)
+    selection, plan = method.select(views_of(grid, scores)), method.plan(grid)
+    assert plan.at_least <= int(selection.count.sum()) <= plan.at_most
+    assert plan.patches == grid.side**2 + sum(map(len, reference.valid_patches(grid.image_size, grid.crops, grid.side)))
+    kept, valid = selection.kept, views_of(grid, scores).valid
+    assert bool((valid | ~kept).all())
+
+
+@pytest.mark.parametrize("profile", ["released", "paper"])
+def test_profiles_without_an_exact_budget_keep_to_their_plan_at_tiny_ratios(profile: str) -> None:
+    # 0.0004 of 576 and of 2304 patches are both less than one.
+    grid = AnyResGrid(image_size=(672, 672), crops=(2, 2))
+    for ratio in (0.0004, 0.001, 0.0018):
+        method = GlobalCom2(retention_ratio=ratio, profile=profile)
+        plan = method.plan(grid)
+        kept = int(method.select(views_of(grid, noise(grid, 1.0, 0))).count.sum())
+        assert plan.at_least <= kept <= plan.at_most, f"ratio {ratio}: kept {kept}, planned {plan}"
+
+
+@pytest.mark.parametrize("crops", GRIDS)
+@pytest.mark.parametrize("side", [7, 24])
+def test_equally_important_crops_share_evenly(crops: tuple[int, int], side: int) -> None:
+    # Sums of equal scores differ by rounding noise, which must not decide who gets the odd tokens: lower index first.
+    grid = AnyResGrid(image_size=(336 * crops[0], 336 * crops[1]), crops=crops, side=side - side % math.prod(crops))
+    n = math.prod(crops)
+    for ratio in (0.1, 0.26, 1 / 3, 0.77):
+        for score in (0.1, -0.7, 3.3):
+            scores = torch.full((grid.n_views, grid.patches_per_view), score)
+            count = GlobalCom2(retention_ratio=ratio).select(views_of(grid, scores)).count.tolist()[1:]
+            total = int(ratio * n * grid.side**2)
+            assert count == [total // n + (i < total % n) for i in range(n)]
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.26, 0.4, 0.75])
+@pytest.mark.parametrize("side", [7, 24])
+def test_odd_tokens_go_to_the_more_important_crop_though_the_softmax_is_saturated(side: int, ratio: float) -> None:
+    # Beside a crop that is 400 ahead, e^-40 and e^-39 vanish in float64: the other ratios come out equal, although the
+    # importance is not. Sums of 144 logits get there easily.
+    grid = AnyResGrid(image_size=(672, 672), crops=(2, 2), side=side)
+    scores = noise(grid, 0.01, 0)
+    scores[0] = torch.zeros(side * side)
+    for corner, total in ((0, 400.0), (side - 1, -20.0), (side * side - side, -10.0), (side * side - 1, 0.0)):
+        scores[0, corner] = total
+    count = GlobalCom2(retention_ratio=ratio).select(views_of(grid, scores)).count.tolist()[1:]
+    assert count[0] >= count[3] >= count[2] >= count[1]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("size", [(10000, 37), (37, 10000), (1, 1), (1, 5000), (5000, 1), (121, 5), (5, 241)])
+def test_images_of_which_nothing_survives_unpadding(size: tuple[int, int], profile: str) -> None:
+    for crops in (choose_grid(size, PINPOINTS, 336), (2, 2), (4, 1), (1, 4)):
+        grid = AnyResGrid(image_size=size, crops=crops)
+        views = views_of(grid, noise(grid, 1.0, 0))
+        for ratio in (1.0, 0.25, 0.01):
+            selection = GlobalCom2(retention_ratio=ratio, profile=profile).select(views)
+            packed = pack(views, selection, lambda x: x, torch.zeros(1))
+            assert packed.patches >= int(ratio * 576) > 0
+            assert int((packed.origin >= 0).sum()) == packed.patches
+
+
+def test_the_smallest_ratio_keeps_one_token() -> None:
+    for crops in (None, (2, 2)):
+        grid = AnyResGrid(image_size=(672, 672), crops=crops)
+        selection = GlobalCom2(retention_ratio=1e-6).select(views_of(grid, noise(grid, 1.0, 0)))
+        assert selection.count.tolist() == [1, 0, 0, 0, 0][: grid.n_views]
+
+
+# --- what never leaves the device ------------------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Counts values read back from tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("size", [(672, 672), (640, 480), (480, 640), (37, 10000)])
+def test_corrected_reads_nothing_from_the_device(size: tuple[int, int]) -> None:
+    # A meta tensor holds no values: whatever asks for one raises.
+    grid = AnyResGrid(image_size=size, crops=(2, 2), side=6)
+    views = views_of(grid, torch.randn(5, 36, device="meta"))
+    selection = GlobalCom2(retention_ratio=0.25).select(views)
+    packed = pack(views, selection, lambda x: x, torch.zeros(1, device="meta"))
+    assert selection.order.device.type == packed.features.device.type == "meta"
+    assert packed.patches == sum(planned(grid, 0.25))
+    assert len(packed.features) == len(packed.origin) == packed.patches + packed.newlines
+
+    views = views_of(grid, noise(grid, 1.0, 0))
+    with Reads() as reads:
+        pack(views, GlobalCom2(retention_ratio=0.25).select(views), lambda x: x, torch.zeros(1))
+    assert reads.count == 0
+
+
+@pytest.mark.parametrize("profile", ["released", "paper"])
+def test_other_profiles_read_one_number_when_packing(profile: str) -> None:
+    grid = AnyResGrid(image_size=(640, 480), crops=(2, 2), side=6)
+    views = views_of(grid, torch.randn(5, 36, device="meta"))
+    selection = GlobalCom2(retention_ratio=0.25, profile=profile).select(views)
+    with pytest.raises(RuntimeError, match="meta"):
+        pack(views, selection, lambda x: x, torch.zeros(1, device="meta"))
+
+    views = views_of(grid, noise(grid, 1.0, 0))
+    with Reads() as reads:
+        pack(views, GlobalCom2(retention_ratio=0.25, profile=profile).select(views), lambda x: x, torch.zeros(1))
+    assert reads.count == 1
+
+
+# --- the released functions' names -----------------------------------------------------------------------------------
+
+
+def dimensions(grid: AnyResGrid) -> list[tuple[int, int]]:
+    """`(height, width)` of every crop's unpadded part, counted off its patches."""
+    cells = []
+    for patches in reference.valid_patches(grid.image_size, grid.crops, grid.side):
+        cells.append((len({p // grid.side for p in patches}), len({p % grid.side for p in patches})))
+    return cells
+
+
+@pytest.mark.parametrize("size", [(672, 672), (640, 480), (480, 640), (1000, 400), (97, 401)])
+@pytest.mark.parametrize("crops", GRIDS)
+def test_interpolation_by_hand(crops: tuple[int, int], size: tuple[int, int]) -> None:
+    grid = AnyResGrid(image_size=size, crops=crops, side=12)
+    scores = noise(grid, 1.0, 0)[0]
+    left, top, right, bottom = reference.unpadded_box(size, crops, 12)
+    dims = dimensions(grid)
+    arguments = (right - left, bottom - top, *crops, dims)
+    tiles = interpolate_and_split_cls_attn_scores(scores, *arguments)
+    expected = reference.projected(scores.tolist(), size, crops, 12)
+    internal = GlobalCom2()._project(scores, grid, Layout())
+    assert [len(tile) for tile in tiles] == [h * w for h, w in dims]
+    for tile, by_hand, row in zip(tiles, expected, internal, strict=True):
+        assert tile.tolist() == pytest.approx(list(by_hand.values()), abs=1e-5)
+        assert torch.equal(tile, row[list(by_hand)])
+        padded = sorted(set(range(144)) - set(by_hand))
+        assert not row[padded].any()
+
+
+def test_interpolation_reproduces_planes() -> None:
+    # Away from the clamped edges a bilinear resize is exact on a plane a + b·x + c·y.
+    x = (torch.arange(24) + 0.5) / 24
+    plane = (1 + 2 * x + 3 * x[:, None]).flatten()
+    tiles = interpolate_and_split_cls_attn_scores(plane, 48, 36, 2, 2, [(18, 24)] * 4)
+    big = torch.cat([torch.cat([t.reshape(18, 24) for t in tiles[i : i + 2]], 1) for i in (0, 2)])
+    across, down = (torch.arange(48) + 0.5) / 48, (torch.arange(36) + 0.5) / 36
+    expected = 1 + 2 * across + 3 * down[:, None]
+    assert torch.allclose(big[1:-1, 1:-1], expected[1:-1, 1:-1], atol=1e-5)
+
+
+def test_signatures_are_call_compatible() -> None:
+    scale = inspect.signature(generate_scale_for_crop_features).parameters
+    assert list(scale) == ["base_cls_attn_scores", "num_patch_width", "num_patch_height", "base_scale", "temperature"]
+    assert scale["temperature"].default == 10.0
+    assert list(inspect.signature(interpolate_and_split_cls_attn_scores).parameters) == [
+        "base_cls_attn_scores",
+        "cur_width",
+        "cur_height",
+        "num_patch_width",
+        "num_patch_height",
+        "crop_dimensions",
+    ]
+
+
+# --- the retention ratio ---------------------------------------------------------------------------------------------
+
+
+def test_line_101() -> None:
+    # Users of the release edit this very line.
+    lines = Path(llava_arch.__file__).read_text(encoding="utf-8").splitlines()
+    assert lines[100] == "retention_ratio = 0.25"
+    assert llava_arch.retention_ratio == 0.25
+
+
+@pytest.mark.parametrize("name", available())
+def test_ratio_is_resolved_when_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = AnyResGrid(image_size=(640, 480), crops=(2, 2), side=4)
+    by_default, given_ = get(name), get(name, retention_ratio=0.9)
+    assert by_default.ratio == 0.25
+    monkeypatch.setattr(llava_arch, "retention_ratio", 0.75)
+    assert by_default.ratio == 0.75
+    assert get(name, retention_ratio=0.75).plan(grid) == by_default.plan(grid)
+    monkeypatch.setenv("LLAVA_RETENTION_RATIO", "0.5")
+    assert by_default.ratio == 0.5
+    assert get(name, retention_ratio=0.5).plan(grid) == by_default.plan(grid)
+    assert given_.ratio == 0.9
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_ratio_reaches_the_selection(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = AnyResGrid(image_size=(640, 480), crops=(2, 2), side=12)
+    views = views_of(grid, noise(grid, 0.1, 0))
+    method = GlobalCom2(profile=profile)
+
+    def same(ratio: float) -> bool:
+        expected = GlobalCom2(profile=profile, retention_ratio=ratio).select(views)
+        return torch.equal(method.select(views).count, expected.count)
+
+    assert same(0.25)
+    monkeypatch.setattr(llava_arch, "retention_ratio", 0.75)
+    assert same(0.75)
+    assert generate_scale_for_crop_features(views.cls_logits[-1][0, 0, 1:], 2, 2) == generate_scale_for_crop_features(
+        views.cls_logits[-1][0, 0, 1:], 2, 2, base_scale=0.75
+    )
+    monkeypatch.setenv("LLAVA_RETENTION_RATIO", "0.5")
+    assert same(0.5)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "nan", "abc"])
+def test_bad_ratios_from_outside_name_their_source(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_RETENTION_RATIO", value)
+    with pytest.raises(InputError, match=f"LLAVA_RETENTION_RATIO.*{value}"):
+        _ = GlobalCom2().ratio
+    monkeypatch.delenv("LLAVA_RETENTION_RATIO")
+    monkeypatch.setattr(llava_arch, "retention_ratio", value)
+    with pytest.raises(InputError, match=f"llava_arch.retention_ratio.*{value}"):
+        _ = GlobalCom2().ratio
+
+
+def test_an_empty_variable_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What `LLAVA_RETENTION_RATIO= bash scripts/…` leaves behind.
+    monkeypatch.setenv("LLAVA_RETENTION_RATIO", "")
+    assert GlobalCom2().ratio == 0.25
+
+
+# --- dtypes, batches, single views -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_half_precision_scores_are_ranked_in_float32(profile: str, dtype: torch.dtype) -> None:
+    for crops, size in (((2, 2), (640, 480)), ((3, 1), (1000, 400)), ((1, 2), (300, 300))):
+        grid = AnyResGrid(image_size=size, crops=crops)
+        rounded = noise(grid, 1.0, 0, heads=4).to(dtype)
+        half, full = views_of(grid, rounded), views_of(grid, rounded.float())
+        ours, theirs = (GlobalCom2(retention_ratio=0.25, profile=profile).select(v) for v in (half, full))
+        assert torch.equal(ours.order, theirs.order)
+        assert torch.equal(ours.count, theirs.count)
+        assert pack(half, ours, lambda x: x, torch.zeros(1)).features.dtype == dtype
+
+
+def batch() -> list[Views]:
+    sizes = [((640, 480), (2, 2)), ((480, 640), (2, 2)), ((1000, 400), (3, 1)), ((300, 300), (1, 2))]
+    grids = [AnyResGrid(image_size=size, crops=crops, side=6) for size, crops in sizes]
+    return [views_of(grid, noise(grid, 1.0, seed)) for seed, grid in enumerate(grids)]
+
+
+@pytest.mark.parametrize("profile", ["corrected", "paper"])
+def test_images_of_a_call_are_selected_each_on_its_own(profile: str) -> None:
+    method = GlobalCom2(retention_ratio=0.25, profile=profile)
+    for views, selection in zip(batch(), method.select_all(batch()), strict=True):
+        assert sequence_of(views, selection) == sequence_of(views, method.select(views))
+
+
+def test_released_ranks_later_images_by_the_first_ones_scores(caplog: pytest.LogCaptureFixture) -> None:
+    # The release moves on by one view per image instead of by all of them.
+    images = batch()
+    together = GlobalCom2(retention_ratio=0.25, profile="released").select_all(images)
+    assert "released" in caplog.text
+    rows = [row[0, 1:].tolist() for views in images for row in views.cls_logits[-1]]
+    for i, (views, selection) in enumerate(zip(images, together, strict=True)):
+        grid = views.grid
+        scores = rows[i : i + grid.n_views]
+        expected = reference.released_sequence(scores, grid.image_size, grid.crops, 6, 0.25)
+        assert sequence_of(views, selection) == expected
+
+
+def test_released_is_right_for_one_image_and_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:
+    method = GlobalCom2(retention_ratio=0.25, profile="released")
+    for views in batch():
+        (selection,) = method.select_all([views])
+        assert sequence_of(views, selection) == sequence_of(views, method.select(views))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5, 0.25, 0.1])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_single_views_follow_the_thumbnail_rule(profile: str, ratio: float) -> None:
+    grid = AnyResGrid(image_size=(336, 336), side=6)
+    scores = noise(grid, 1.0, 0)
+    views = views_of(grid, scores)
+    method = GlobalCom2(retention_ratio=ratio, profile=profile)
+    selection = method.select(views)
+    if profile == "released":  # which leaves them alone
+        expected = list(range(36))
+    else:
+        expected = sorted(reference.descending(dict(enumerate(scores[0].tolist())))[: int(36 * ratio)])
+    assert sequence_of(views, selection) == [*((0, patch) for patch in expected), NL]
+    assert method.plan(grid).at_least == method.plan(grid).at_most == len(expected)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(unpad=False, newline="none"), Layout(unpad=False, newline="none", placement="flat")]
+)
+def test_layouts_without_unpadding(layout: Layout) -> None:
+    grid = AnyResGrid(image_size=(640, 480), crops=(2, 2), side=6)
+    views = views_of(grid, noise(grid, 1.0, 0), layout)
+    for ratio in (1.0, 0.25):
+        method = GlobalCom2(retention_ratio=ratio)
+        selection = method.select(views)
+        assert selection.count.tolist()[0] == int(36 * ratio)
+        assert int(selection.count.sum()) == method.plan(grid, layout).at_least == int(180 * ratio)
+    # The release compresses unpadded sequences or none.
+    assert GlobalCom2(retention_ratio=0.25, profile="released").select(views).count.tolist() == [36] * 5
