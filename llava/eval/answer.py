@@ -1,0 +1,277 @@
+"""Answer a question file: `python -m llava.eval.answer --benchmark NAME --question-file F --image-folder D …`.
+
+Resumable, batched image by image, on one process or many (torchrun, accelerate). Upstream's `model_vqa*` modules are
+thin doors to it. Exit code 3: the run finished, but some questions could not be asked; their rows say why.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import shortuuid
+from tqdm import tqdm
+
+from llava.compress import get
+from llava.constants import InputError
+from llava.eval import benchmarks
+from llava.eval.benchmarks.base import Question, Row
+from llava.eval.engine import Answer, Asked, Engine
+from llava.eval.journal import Journal
+from llava.eval.pictures import Picture, Pictures, check_paths, stream
+from llava.eval.ranks import Ranks
+from llava.mm_utils import get_model_name_from_path
+from llava.utils import OneLineParser, add_method_arguments, add_model_arguments, load_options, run_command
+
+# Images a process draws at once from the queue it shares with the others.
+CHUNK = 8
+# Options that answers depend on; the others may change between a run and its continuation.
+DECISIVE = (
+    *("model_path", "model_base", "vision_tower", "dtype", "load_8bit", "load_4bit", "conv_mode", "benchmark"),
+    *("temperature", "top_p", "num_beams", "max_new_tokens", "num_chunks", "chunk_idx", "image_folder"),
+    *("single_pred_prompt", "all_rounds", "lang", "no_ocr"),
+)
+
+
+@dataclass
+class Tally:
+    """What a process did, for the bar and the summary."""
+
+    answers: int = 0
+    kept: int = 0
+    total: int = 0
+    images: int = 0
+    errors: list[str] = field(default_factory=list)
+    start: float = field(default_factory=time.monotonic)
+
+    def add(self, answer: Answer) -> None:
+        """Count an answer."""
+        self.answers += 1
+        self.kept += answer.kept
+        self.total += answer.total
+        if answer.error:
+            self.errors.append(answer.error)
+
+    @property
+    def retention(self) -> float | None:
+        """Share of the visual tokens that the language model saw so far."""
+        return round(self.kept / self.total, 4) if self.total else None
+
+    @property
+    def images_per_second(self) -> float:
+        """Pictures taken in per second."""
+        return self.images / max(time.monotonic() - self.start, 1e-9)
+
+
+def select_questions(args: argparse.Namespace) -> list[Question]:
+    """Read the questions this run answers: the chunk, cut at the limit.
+
+    Raises:
+        InputError: the file is unreadable, the chunk does not exist, or a picture lies outside the image folder.
+    """
+    options = {"single_pred_prompt": args.single_pred_prompt, "all_rounds": args.all_rounds, "ocr": not args.no_ocr}
+    if args.lang:
+        options["lang"] = args.lang
+    file = Path(args.question_file)
+    if not file.is_file():
+        raise InputError(f"there is no question file {str(file)!r}; see scripts/v1_5/eval/check_data.sh")
+    questions = list(benchmarks.get(args.benchmark).questions(file, **options))
+    size = -(-len(questions) // args.num_chunks)
+    if not 0 <= args.chunk_idx < max(1, -(-len(questions) // max(1, size))):
+        raise InputError(f"--chunk-idx {args.chunk_idx} is past the last of {args.num_chunks} chunks")
+    questions = questions[args.chunk_idx * size : (args.chunk_idx + 1) * size]
+    questions = list(islice(questions, args.limit))
+    if not questions:
+        raise InputError(f"{str(file)!r} has no questions")
+    if not args.allow_outside:
+        check_paths(questions, Path(args.image_folder))
+    return questions
+
+
+def group_by_image(questions: Sequence[Question]) -> list[list[int]]:
+    """Put the indices of questions about one picture together, in order of first appearance."""
+    groups: dict[Any, list[int]] = {}
+    for index, question in enumerate(questions):
+        alone = question.image is None and question.data is None
+        groups.setdefault((index,) if alone else question.image or question.data, []).append(index)
+    return list(groups.values())
+
+
+def answer_row(answer: Answer, model_id: str, method: str, ratio: float) -> Row:
+    """Return an answer as a line of the answers file."""
+    question = answer.question
+    metadata: Row = {"method": method, "retention_ratio": ratio}
+    metadata |= {"visual_tokens": answer.kept, "total_visual_tokens": answer.total}
+    if answer.error:
+        metadata["error"] = answer.error
+    return {
+        "question_id": question.id,
+        **question.extra,
+        "prompt": question.text if question.prompt is None else question.prompt,
+        "text": answer.text,
+        "answer_id": shortuuid.uuid(),
+        "model_id": model_id,
+        "metadata": metadata,
+    }
+
+
+def configuration(args: argparse.Namespace, method: str) -> Row:
+    """Return everything answers depend on, as the record beside the answers file keeps it."""
+    digest = hashlib.sha256(Path(args.question_file).read_bytes()).hexdigest()
+    return {"method": method, "questions": digest, **{name: getattr(args, name) for name in DECISIVE}}
+
+
+def load_engine(args: argparse.Namespace, method: Any, device: str) -> tuple[Engine, Any]:
+    """Load the model; returns its engine and its image processor."""
+    from llava.model.builder import load_pretrained_model
+
+    options = {"device": device, **load_options(args)}
+    tokenizer, model, processor, _ = load_pretrained_model(args.model_path, args.model_base, **options)
+    if processor is None:
+        raise InputError(f"{args.model_path!r} is a language model without vision; give a LLaVA checkpoint")
+    model.method = method
+    generation = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
+    if args.temperature > 0:
+        generation |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    engine = Engine(tokenizer, model, batch=args.batch_size, conv_mode=args.conv_mode, **generation)
+    return engine, processor
+
+
+def run(args: argparse.Namespace) -> Row:
+    """Answer a question file; returns the summary.
+
+    Raises:
+        InputError: something the run needs is missing or does not fit; nothing was answered then.
+    """
+    with Ranks(args.num_processes) as ranks:
+        method = get(args.method, retention_ratio=args.retention_ratio, profile=args.profile)
+        method = replace(method, retention_ratio=method.ratio)
+        questions = select_questions(args)
+        journal = Journal(Path(args.answers_file), configuration(args, str(method)))
+        if ranks.rank == 0:
+            journal.prepare(args.overwrite)
+        ranks.wait()
+        done = {index for index in journal.answered() if index < len(questions)}
+        tally = Tally()
+        if len(done) < len(questions):
+            engine, processor = load_engine(args, method, ranks.device)
+            model_id = args.model_name or get_model_name_from_path(args.model_path)
+            bar = tqdm(total=len(questions), initial=len(done), unit="question", disable=ranks.rank > 0)
+            feed = _feed(args, questions, done, engine, processor, ranks, tally)
+            for answer in engine.answer(feed, one_by_one=args.one_by_one):
+                journal.write(answer.index, answer_row(answer, model_id, str(method), method.ratio))
+                tally.add(answer)
+                bar.set_postfix_str(f"{tally.images_per_second:.2f} images/s, kept {tally.retention}", refresh=False)
+                bar.update()
+            bar.close()
+        journal.close()
+        ranks.wait()
+        return _conclude(args, journal, len(questions), tally) if ranks.rank == 0 else {}
+
+
+def _feed(
+    args: argparse.Namespace,
+    questions: Sequence[Question],
+    done: set[int],
+    engine: Engine,
+    processor: Any,
+    ranks: Ranks,
+    tally: Tally,
+) -> Iterator[tuple[Picture, list[Asked]]]:
+    """Yield this process's share of the groups, without what is answered already."""
+    groups = [[i] for i in range(len(questions))] if args.one_by_one else group_by_image(questions)
+    pictures = Pictures([questions[g[0]] for g in groups], Path(args.image_folder), processor, engine.model.config)
+    mine = (g for g in ranks.claim(len(groups), CHUNK) if not done.issuperset(groups[g]))
+    for picture in stream(pictures, mine, args.num_workers):
+        tally.images += picture.views is not None
+        yield picture, [engine.ask(i, questions[i]) for i in groups[picture.group] if i not in done]
+
+
+def _conclude(args: argparse.Namespace, journal: Journal, wanted: int, tally: Tally) -> Row:
+    """Merge the answers and sum the run up."""
+    merged = journal.merge()
+    if merged < wanted:
+        raise RuntimeError(f"{merged} of {wanted} questions have an answer; start the same command again")
+    errors = _errors(journal.file)
+    return {
+        "answers_file": str(journal.file),
+        "questions": merged,
+        "answered_now": tally.answers,
+        "images": tally.images,
+        "seconds": round(time.monotonic() - tally.start, 2),
+        "method": journal.config["method"],
+        "retention": tally.retention,
+        "errors": errors,
+    }
+
+
+def _errors(file: Path) -> list[str]:
+    """Return what is recorded as wrong with the questions of an answers file."""
+    with file.open(encoding="utf-8") as lines:
+        metadata = (json.loads(line)["metadata"] for line in lines if '"error"' in line)
+        return [f"{m['error']}" for m in metadata if "error" in m]
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a run; both spellings of upstream's flags."""
+    add_model_arguments(parser)
+    parser.add_argument("--model-name", help="what the answers' model_id says (default: from the path)")
+    parser.add_argument("--image-folder", default="", help="folder of the pictures")
+    parser.add_argument("--question-file", required=True)
+    parser.add_argument("--answers-file", required=True)
+    parser.add_argument("--conv-mode", "--conv_mode", help="conversation template (default: the checkpoint's)")
+    parser.add_argument("--num-chunks", "--num_chunks", type=int, default=1)
+    parser.add_argument("--chunk-idx", "--chunk_idx", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
+    parser.add_argument("--top-p", "--top_p", type=float)
+    parser.add_argument("--num-beams", "--num_beams", type=int, default=1)
+    parser.add_argument("--single-pred-prompt", "--single_pred_prompt", action="store_true")
+    parser.add_argument("--all-rounds", "--all_rounds", action="store_true", help="MMBench: rotate the options")
+    parser.add_argument("--lang", help="MMBench: en or cn")
+    parser.add_argument("--no-ocr", "--no_ocr", action="store_true", help="TextVQA: ask without the OCR tokens")
+    parser.add_argument("--batch-size", "--batch_size", type=int, default=8, help="questions answered at once")
+    parser.add_argument("--num-workers", "--num_workers", type=int, default=4, help="processes that load pictures")
+    parser.add_argument("--num-processes", "--num_processes", type=int, help="refuse to run with another number")
+    parser.add_argument("--limit", type=int, help="answer the first N questions only")
+    parser.add_argument("--one-by-one", action="store_true", help="question by question, as LLaVA's own scripts do")
+    parser.add_argument("--overwrite", action="store_true", help="discard answers of another configuration")
+    parser.add_argument("--allow-outside", action="store_true", help="allow pictures outside the image folder")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    add_method_arguments(parser)
+
+
+def report(summary: Row, as_json: bool) -> None:
+    """Print the summary of a run; exit with code 3 if questions could not be asked."""
+    if not summary:
+        return
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        for key, value in summary.items():
+            print(f"{key:14} {len(value) if key == 'errors' else value}")
+        for error in summary["errors"]:
+            sys.stderr.write(f"could not ask: {error}\n")
+    if summary["errors"]:
+        raise SystemExit(3)
+
+
+def main(**defaults: Any) -> None:
+    """Run the command; doors set defaults such as `benchmark` and `max_new_tokens`."""
+    parser = OneLineParser(prog="llava.eval.answer", description="Answer a question file, resumably.")
+    add_run_arguments(parser)
+    if "benchmark" not in defaults:
+        parser.add_argument("--benchmark", required=True, help=", ".join(benchmarks.available()))
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=128)
+    parser.set_defaults(**defaults)
+    args = parser.parse_args()
+    report(run(args), args.json)
+
+
+if __name__ == "__main__":
+    run_command(main)

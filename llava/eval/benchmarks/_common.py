@@ -1,0 +1,154 @@
+"""What the benchmarks share: reading official files, choosing rows, saying what is missing, writing exports."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llava.constants import InputError
+from llava.eval.benchmarks.base import Benchmark, Question, Result, Row, read_jsonl
+
+
+class JsonlBenchmark(Benchmark):
+    """A benchmark whose question file has one object a line and whose text is asked as it stands."""
+
+    def questions(self, file: Path, **options: Any) -> Iterator[Question]:
+        """Read `question_id, image, text` of every line; options change nothing."""
+        for number, row in enumerate(read_jsonl(file), 1):
+            if "question_id" not in row or not isinstance(row.get("text"), str):
+                raise InputError(f"{str(file)!r}, question {number} has no question_id or no text; get it anew")
+            yield Question(id=row["question_id"], text=row["text"], image=row.get("image"))
+
+
+@contextmanager
+def official(file: Path, source: str) -> Iterator[None]:
+    """Turn what goes wrong with a file that others made into an `InputError` that says where to get it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {str(file)!r} ({error.strerror}); get it from {source}") from error
+    except InputError as error:
+        raise error if source in str(error) else InputError(f"{error}; get it from {source}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{str(file)!r} is not in the official layout ({error!r}); get it from {source}") from error
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file; to be called within `official`."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def by_id(row: Row) -> Any:
+    """Key of an answer where question ids are unique."""
+    return row["question_id"]
+
+
+def by_prompt(row: Row) -> Any:
+    """Key of an answer where the questions of a picture share their id."""
+    return row["question_id"], row.get("prompt", "")
+
+
+def latest(rows: Sequence[Row], key: Callable[[Row], Any] = by_id) -> tuple[dict[Any, Row], list[str]]:
+    """Choose the rows that count: of several answers to a question the last, and none that reports an error.
+
+    Args:
+        rows: of an answers file.
+        key: tells questions apart.
+
+    Returns:
+        key -> row, and notes about what was left out.
+
+    Raises:
+        InputError: there is no row, or one without `question_id` or `text`.
+    """
+    if not rows:
+        raise InputError("the answers file holds no answers; run the benchmark first")
+    for number, row in enumerate(rows, 1):
+        if "question_id" not in row or "text" not in row:
+            raise InputError(f"answer {number} has no question_id or no text; give an answers file in LLaVA's format")
+    found = {key(row): row for row in rows}
+    errors = [name for name, row in found.items() if (row.get("metadata") or {}).get("error")]
+    notes = []
+    if len(found) < len(rows):
+        notes.append(f"{len(rows) - len(found)} of {len(rows)} rows repeat a question; the last answer counts")
+    if errors:
+        notes.append(f"{len(errors)} rows report an error instead of an answer and count as missing")
+    return {name: row for name, row in found.items() if name not in set(errors)}, notes
+
+
+def gaps(labelled: int, scored: int, unknown: int) -> list[str]:
+    """Say how many labelled questions have no answer, and how many answers no label; neither enters the score.
+
+    Raises:
+        InputError: nothing is left to score.
+    """
+    if not scored:
+        raise InputError("no answer belongs to a labelled question; check that --data and the answers are of one set")
+    notes = []
+    if scored < labelled:
+        notes.append(f"{labelled - scored} of {labelled} questions have no answer; the score is over the others")
+    if unknown:
+        notes.append(
+            f"{unknown} answers belong to no labelled question, or to one that has its answer, and are left out"
+        )
+    return notes
+
+
+def mean(values: Iterable[float]) -> float:
+    """Return the mean, 0 of nothing."""
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 0.0
+
+
+def grouped(values: Mapping[Any, float], groups: Mapping[Any, Iterable[str]]) -> dict[str, float]:
+    """Return the mean of `values` in every group, groups in alphabetical order.
+
+    Args:
+        values: question -> its value.
+        groups: question -> names of the groups it is in.
+    """
+    members: dict[str, list[float]] = {}
+    for question, value in values.items():
+        for name in groups.get(question, ()):
+            members.setdefault(name, []).append(value)
+    return {name: mean(members[name]) for name in sorted(members)}
+
+
+def linearised(headline: float, parts: Sequence[tuple[float, Mapping[Any, float]]]) -> dict[Any, float]:
+    """Spread a number that is no mean over questions, so that intervals can be resampled from it.
+
+    A headline h = Σ_c w_c f_c over groups c of n_c questions, each f_c smooth in means over its group, moves to first
+    order by w_c / n_c times the sum of its questions' influences. Question i of N thus stands for
+    h + w_c · influence_i · N / n_c: the mean of all is h, their spread that of h.
+
+    Args:
+        headline: h.
+        parts: (w_c, question -> influence, which sums to 0) of every group.
+    """
+    total = sum(len(influence) for _, influence in parts)
+    return {
+        question: headline + weight * value * total / len(influence)
+        for weight, influence in parts
+        for question, value in influence.items()
+    }
+
+
+def server_result(benchmark: Benchmark, n: int, notes: Iterable[str], where: str) -> Result:
+    """Return the result of a set whose labels are not public: no number, and where to get one."""
+    notes = (*notes, f"labels are not public: export the answers and submit them to {where}")
+    return Result(benchmark=benchmark.name, metrics={}, headline="accuracy", n=n, scored="server", notes=notes)
+
+
+def export_path(output: Path, default: str) -> Path:
+    """Return the file to write and make its folder; `output` is the file, or a folder where it gets its usual name."""
+    path = output if output.suffix == Path(default).suffix else output / default
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> list[Path]:
+    """Write a JSON file in UTF-8, ASCII only as upstream's are; returns it in a list, as exports do."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=indent), encoding="utf-8")
+    return [path]

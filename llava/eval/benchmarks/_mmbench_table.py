@@ -1,0 +1,118 @@
+"""The table of MMBench: reading it with its pictures, and writing what its server takes."""
+
+import csv
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.constants import InputError
+from llava.eval.benchmarks._common import latest, official
+from llava.eval.benchmarks.base import Row
+
+LETTERS = "ABCD"
+# What pandas, with which upstream reads the table, takes for an empty cell.
+EMPTY = {
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+    "NULL", "NaN", "None", "n/a", "nan", "null",
+}  # fmt: skip
+NOT_SUBMITTED = {"hint", "category", "source", "image", "comment", "l2-category"}
+PREDICTION_COLUMN = 6
+CELL_LIMIT = 2**31 - 1
+COLUMNS = {"index", "question", "A", "B", "image"}
+
+
+def read_table(file: Path, source: str) -> Iterator[dict[str, str]]:
+    """Read an MMBench table row by row: tabs between cells, double quotes around cells that hold tabs or line breaks.
+
+    The limit on the length of a cell is raised for the process: a picture is one cell.
+
+    Raises:
+        InputError: the file is missing, is no table, lacks a column, or an index is no number.
+    """
+    csv.field_size_limit(CELL_LIMIT)
+    with official(file, source), file.open(newline="", encoding="utf-8-sig") as stream:
+        table = csv.DictReader(stream, delimiter="\t", restval="")
+        lacking = COLUMNS - set(table.fieldnames or ())
+        if lacking:
+            raise InputError(f"{str(file)!r} has no column {', '.join(sorted(lacking))}; get it from {source}")
+        try:
+            for row in table:
+                if not row["index"].isdecimal():
+                    raise InputError(f"{str(file)!r}, line {table.line_num}: index {row['index'][:20]!r} is no number")
+                yield {name: cell for name, cell in row.items() if name is not None}
+        except csv.Error as error:
+            raise InputError(f"{str(file)!r}, line {table.line_num}: {error}; get it from {source}") from error
+
+
+def is_none(cell: str | None) -> bool:
+    """Whether a cell counts as empty."""
+    return cell is None or cell in EMPTY or cell.lower() in ("nan", "none")
+
+
+def choices(row: Mapping[str, str]) -> list[str]:
+    """Return the options up to the first empty one."""
+    cells = [row.get(letter) for letter in LETTERS]
+    count = next((number for number, cell in enumerate(cells) if is_none(cell)), len(cells))
+    return [str(cell) for cell in cells[:count]]
+
+
+def rotated(sequence: Sequence[str], round_id: int) -> list[str]:
+    """Return a list whose first `round_id` entries have moved to its end."""
+    return [*sequence[round_id:], *sequence[:round_id]]
+
+
+def asked_in(row: Row) -> tuple[int, int]:
+    """Key of an answer: question and round.
+
+    Raises:
+        InputError: they are no numbers.
+    """
+    try:
+        return int(row["question_id"]), int(row.get("round_id", 0))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{row['question_id']!r} is no MMBench question; give answers to MMBench") from error
+
+
+def _cells(writer: Callable[[Any], Any], row: Sequence[Any]) -> list[Any]:
+    """Make cells that stay text, formulas included, and hold no character that xlsx cannot."""
+    cells = [writer(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "", c) if isinstance(c, str) else c) for c in row]
+    for cell in cells:
+        if isinstance(cell.value, str):
+            cell.data_type = "s"
+    return cells
+
+
+def export_table(rows: Sequence[Row], table: Path, file: Path, source: str) -> list[Path]:
+    """Copy a table without pictures and hints, with the answers of the first round in column `prediction`.
+
+    Differs from upstream in: columns that a release of the table lacks are not missed, and of an answers file with all
+    rounds the unrotated one is submitted, where upstream's last row wins.
+
+    Raises:
+        InputError: openpyxl is not installed, or the table cannot be read.
+    """
+    try:
+        from openpyxl import Workbook
+        from openpyxl.cell import WriteOnlyCell
+    except ImportError as error:
+        raise InputError(
+            "writing xlsx needs openpyxl, which is not installed; pip install 'globalcom2[eval]'"
+        ) from error
+    answers, _ = latest(rows, asked_in)
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet("Sheet1")
+    for number, row in enumerate(read_table(table, source)):
+        kept = {name: cell for name, cell in row.items() if name not in NOT_SUBMITTED}
+        if number == 0:
+            names = list(kept)
+            names.insert(PREDICTION_COLUMN, "prediction")
+            sheet.append(names)
+        index = int(row["index"])
+        answer = answers.get((index, 0))
+        values: dict[str, Any] = {name: None if is_none(cell) else cell for name, cell in kept.items()}
+        values |= {"index": index, "prediction": str(answer["text"]) if answer else None}
+        sheet.append(_cells(lambda value: WriteOnlyCell(sheet, value), [values[name] for name in names]))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    book.save(file)
+    return [file]

@@ -1,0 +1,127 @@
+"""What a benchmark is: where its questions come from, how they are asked, and what an answer is worth."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llava.constants import InputError
+
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+Row = dict[str, Any]
+"""One line of an answers file: `question_id, prompt, text, answer_id, model_id, metadata` and what a benchmark adds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question as the model gets it and as the answers file records it."""
+
+    id: int | str
+    text: str
+    """What the model is asked, without `<image>`; the template is put around it."""
+    image: str | None = None
+    """Picture file, relative to the image folder; None: no picture."""
+    data: str | None = None
+    """The picture itself in base64, for benchmarks that carry it (then `image` is its name)."""
+    prompt: str | None = None
+    """What the answers file records as `prompt`; None: `text`."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of the answers file's row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A scored answers file."""
+
+    benchmark: str
+    metrics: Mapping[str, float]
+    """Every number the benchmark reports, the headline among them."""
+    headline: str
+    """Key in `metrics` of the number papers quote."""
+    n: int
+    """Questions that count towards the headline."""
+    scored: str = "local"
+    """`local`: from labels at hand; `server`: only an export could be made."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know: missing answers, a label revision that does not match, a prompt variant."""
+    per_question: Mapping[Any, float] = field(default_factory=dict)
+    """Question id -> its contribution, on the headline's scale: what intervals are resampled from."""
+
+
+class Benchmark:
+    """Base of the ten; one file each in this folder, found by scanning."""
+
+    name: ClassVar[str]
+    """Name of the benchmark and of its file."""
+    folder: ClassVar[str]
+    """Folder under `playground/data/eval`."""
+    question_file: ClassVar[str]
+    """Question file, relative to the folder."""
+    image_folder: ClassVar[str]
+    """Folder of the pictures, relative to the folder."""
+    labels: ClassVar[tuple[str, ...]] = ()
+    """Files a local score needs, relative to the folder."""
+    source: ClassVar[str]
+    """Where the data officially come from, for people."""
+    max_new_tokens: ClassVar[int] = 128
+
+    def questions(self, file: Path, **options: Any) -> Iterator[Question]:
+        """Read a question file in the official format.
+
+        Args:
+            file: the file.
+            **options: `lang`, `single_pred_prompt`, `all_rounds`, `ocr` where a benchmark knows them.
+
+        Raises:
+            InputError: a line cannot be read; the message names file and line.
+        """
+        raise NotImplementedError
+
+    def score(self, rows: Sequence[Row], data: Path) -> Result:
+        """Score answers against the labels under `data` (the benchmark's folder).
+
+        Raises:
+            InputError: labels are missing or do not belong to the questions.
+        """
+        raise NotImplementedError
+
+    def export(self, rows: Sequence[Row], data: Path, output: Path) -> list[Path]:
+        """Write what the official scorer or server takes; returns the files written. Default: nothing."""
+        return []
+
+    def missing(self, data: Path) -> list[Path]:
+        """Return the files and folders under `data` that a run needs and does not find."""
+        wanted = [data / self.question_file, data / self.image_folder]
+        return [path for path in wanted if not path.exists()]
+
+
+def read_jsonl(file: Path) -> list[Row]:
+    """Read a file of one JSON object a line; blank lines are skipped.
+
+    Raises:
+        InputError: the file is missing or a line is no object; the message names file and line.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {str(file)!r} ({error})") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{str(file)!r}, line {number} is no JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{str(file)!r}, line {number} is no JSON object")
+        rows.append(row)
+    return rows
+
+
+def answer_texts(rows: Iterable[Row]) -> dict[Any, str]:
+    """Map question ids to answer texts; the last row of an id counts."""
+    return {row["question_id"]: str(row["text"]) for row in rows}

@@ -1,0 +1,131 @@
+"""ScienceQA (arXiv 2209.09513), test: school questions with choices, half of them about a picture.
+
+Papers that print "SQA" mean the accuracy on the questions with a picture (2017 of 4241), which is the headline here.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava.eval.benchmarks._common import latest, mean, official, read_json
+from llava.eval.benchmarks.base import LETTER, Benchmark, Question, Result, Row
+
+IMAGE = "<image>"
+LETTERS = ("A", "B", "C", "D", "E")
+FAILED = "FAILED"
+# The last dot stands for any character: "The answer is B" alone is not recognised.
+STATED = re.compile(r"The answer is ([A-Z]).")
+
+
+def parse(text: str, letters: Sequence[str] = LETTERS) -> str:
+    """Read the letter an answer chooses; `FAILED` where none can be told."""
+    if text in letters:
+        return text
+    if len(text) >= 3 and text[0] in letters and text[1:3] == ". ":
+        return text[0]
+    stated = STATED.findall(text)
+    return str(stated[0]) if len(stated) == 1 else FAILED
+
+
+class Verdict(NamedTuple):
+    """One question of the split, judged."""
+
+    question_id: str
+    parsed: str
+    predicted: int
+    """Number of the chosen choice; -1: none of them."""
+    answer: int
+    text: str
+    prompt: str
+
+    @property
+    def right(self) -> bool:
+        """Whether the right choice was chosen."""
+        return self.predicted == self.answer
+
+    @property
+    def multimodal(self) -> bool:
+        """Whether the question was asked about a picture; a missing answer was not."""
+        return IMAGE in self.prompt
+
+
+def judge(
+    answers: Mapping[Any, Row], base_dir: Path, split: str = "test", letters: Sequence[str] = LETTERS
+) -> list[Verdict]:
+    """Judge every question of a split, a missing answer as `FAILED`.
+
+    Args:
+        answers: question id -> row.
+        base_dir: folder of `problems.json` and `pid_splits.json`.
+        split: key of the latter.
+        letters: names of the choices.
+
+    Raises:
+        InputError: a label file is missing, or not in the official layout.
+    """
+    splits, file = base_dir / "pid_splits.json", base_dir / "problems.json"
+    with official(splits, ScienceQA.source):
+        wanted = read_json(splits)[split]
+    by_text = {str(key): row for key, row in answers.items()}
+    with official(file, ScienceQA.source):
+        problems = read_json(file)
+        return [_verdict(key, problems[key], by_text.get(str(key)), letters) for key in wanted]
+
+
+def _verdict(key: str, problem: Mapping[str, Any], row: Row | None, letters: Sequence[str]) -> Verdict:
+    text, prompt = (str(row["text"]), str(row.get("prompt", ""))) if row else (FAILED, "Unknown")
+    parsed = parse(text, letters)
+    offered = letters[: len(problem["choices"])]
+    predicted = offered.index(parsed) if parsed in offered else -1
+    return Verdict(key, parsed, predicted, problem["answer"], text, prompt)
+
+
+class ScienceQA(Benchmark):
+    """Multiple-choice questions from school science."""
+
+    name = "scienceqa"
+    folder = "scienceqa"
+    question_file = "llava_test_CQM-A.json"
+    image_folder = "images/test"
+    labels = ("problems.json", "pid_splits.json")
+    source = "eval.zip of LLaVA (questions) and github.com/lupantech/ScienceQA (problems, splits, images/test)"
+    max_new_tokens = 1024
+
+    def questions(self, file: Path, **options: Any) -> Iterator[Question]:
+        """Read LLaVA's list of conversations; `single_pred_prompt` appends the request for a letter when asking."""
+        suffix = LETTER if options.get("single_pred_prompt") else ""
+        with official(file, self.source):
+            entries = [
+                (entry["id"], entry["conversations"][0]["value"], entry.get("image")) for entry in read_json(file)
+            ]
+        for key, value, image in entries:
+            text = value.replace(IMAGE, "").strip()
+            prompt = f"{IMAGE}\n{text}" if image else text
+            yield Question(id=key, text=text + suffix, image=image or None, prompt=prompt)
+
+    def score(self, rows: Sequence[Row], data: Path) -> Result:
+        """Return the accuracy on questions with a picture and on all; a missing answer is wrong and has no picture."""
+        answers, notes = latest(rows)
+        verdicts = judge(answers, data)
+        values = {verdict.question_id: 100.0 * verdict.right for verdict in verdicts}
+        shown = {verdict.question_id: values[verdict.question_id] for verdict in verdicts if verdict.multimodal}
+        missing = sum(verdict.prompt == "Unknown" for verdict in verdicts)
+        if missing:
+            notes.append(
+                f"{missing} of {len(verdicts)} questions have no answer and count as wrong questions without a picture"
+            )
+        failed = sum(verdict.parsed == FAILED for verdict in verdicts) - missing
+        if failed:
+            notes.append(f"{failed} answers name no choice and count as wrong")
+        if not shown:
+            notes.append("no answer is to a question with a picture: there is no img_accuracy")
+        notes.append("papers quote img_accuracy, over the questions with a picture")
+        return Result(
+            benchmark=self.name,
+            metrics={"img_accuracy": mean(shown.values()), "accuracy": mean(values.values())},
+            headline="img_accuracy",
+            n=len(shown),
+            notes=tuple(notes),
+            per_question=shown,
+        )

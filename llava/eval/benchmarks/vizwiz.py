@@ -1,0 +1,108 @@
+"""VizWiz (arXiv 1802.08218): questions of blind people; test scored by EvalAI, val here."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava.constants import InputError
+from llava.eval.benchmarks._common import (
+    JsonlBenchmark,
+    export_path,
+    latest,
+    official,
+    read_json,
+    server_result,
+    write_json,
+)
+from llava.eval.benchmarks._vqa import Label, normalise, read_label, vqa_result
+from llava.eval.benchmarks.base import Question, Result, Row
+
+VAL_QUESTIONS = "llava_val.jsonl"
+Labels = Mapping[str, Mapping[str, Label]]
+"""Picture -> question -> label."""
+
+
+class _Asked(NamedTuple):
+    image: str
+    question: str
+
+
+class VizWiz(JsonlBenchmark):
+    """Open questions about pictures taken by blind people."""
+
+    name = "vizwiz"
+    folder = "vizwiz"
+    question_file = "llava_test.jsonl"
+    image_folder = "test"
+    labels = ("val.json",)
+    source = "eval.zip of LLaVA (questions) and vizwiz.org/tasks-and-datasets/vqa (pictures, Annotations.zip)"
+
+    def score(self, rows: Sequence[Row], data: Path) -> Result:
+        """Score answers to the questions of val.json; answers to the test set get no number.
+
+        The answers' question file, `llava_val.jsonl` or `llava_test.jsonl`, says which picture they are about.
+        """
+        answers, notes = latest(rows)
+        labels = self._labels(data / self.labels[0])
+        for name in (VAL_QUESTIONS, self.question_file):
+            asked = self._asked(data / name, answers) if labels else {}
+            found = {key: label for key, entry in asked.items() if (label := _label(labels, entry)) is not None}
+            if found:
+                return self._result(answers, found, sum(map(len, labels.values())), notes)
+        return server_result(self, len(answers), notes, "EvalAI, VizWiz VQA (test-dev)")
+
+    def _result(
+        self, answers: Mapping[Any, Row], found: Mapping[Any, Label], labelled: int, notes: list[str]
+    ) -> Result:
+        texts = {key: str(row["text"]) for key, row in answers.items()}
+        # Labels of unasked questions are counted only, so any key will do for them.
+        rest = {("unasked", number): Label([], "") for number in range(labelled - len(found))}
+        return vqa_result(self.name, texts, {**found, **rest}, notes)
+
+    def _labels(self, file: Path) -> Labels:
+        labels: dict[str, dict[str, Label]] = {}
+        if file.exists():
+            with official(file, self.source):
+                for entry in read_json(file):
+                    labels.setdefault(entry["image"], {})[entry["question"].strip()] = read_label(entry)
+        return labels
+
+    def _asked(self, file: Path, answers: Mapping[Any, Row]) -> dict[Any, _Asked]:
+        """Find the answers' questions in a question file; an answer with another prompt is not to that file."""
+        questions = self.questions(file) if file.exists() else ()
+        return {q.id: _asked(q) for q in questions if q.id in answers and answers[q.id].get("prompt") == q.text}
+
+    def export(self, rows: Sequence[Row], data: Path, output: Path) -> list[Path]:
+        """Write EvalAI's `[{image, answer}]`.
+
+        Raises:
+            InputError: a question of the test set has no answer.
+        """
+        return export_test(rows, data / self.question_file, export_path(output, "vizwiz_test.json"))
+
+
+def _asked(question: Question) -> _Asked:
+    return _Asked(question.image or "", question.text.split("\n")[0].strip())
+
+
+def _label(labels: Labels, asked: _Asked) -> Label | None:
+    """Return a picture's label; its question decides only where several were asked about it."""
+    found = labels.get(asked.image, {})
+    return next(iter(found.values())) if len(found) == 1 else found.get(asked.question)
+
+
+def export_test(rows: Sequence[Row], questions: Path, file: Path) -> list[Path]:
+    """Write normalised answers to all questions of a file, in its order.
+
+    Raises:
+        InputError: one has no answer, which EvalAI would refuse; or the file of questions cannot be read.
+    """
+    answers, _ = latest(rows)
+    asked = list(VizWiz().questions(questions))
+    missing = [question.id for question in asked if question.id not in answers]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(asked)} questions have no answer ({missing[0]!r}); finish the run first"
+        )
+    texts = {key: normalise(str(row["text"])) for key, row in answers.items()}
+    return write_json(file, [{"image": question.image, "answer": texts[question.id]} for question in asked])

@@ -1,0 +1,104 @@
+"""An answers file that survives anything: every answer is on disk at once, none is lost, none is written twice.
+
+Answers go to append-only parts beside the file, one per process and start, and are merged in question order by an
+atomic rename when all are there. A part cut off within a line loses that line only; its question is asked again.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+from uuid import uuid4
+
+from llava.constants import InputError
+
+_INDEX = "index"
+
+
+class Journal:
+    """The answers to questions 0 … n-1 of one configuration."""
+
+    def __init__(self, file: Path, config: Mapping[str, Any]) -> None:
+        """Name the answers file and what its answers depend on; nothing is touched yet."""
+        self.file, self.config = file, dict(config)
+        self.parts = file.with_name(file.name + ".parts")
+        self.record = file.with_name(file.name + ".config.json")
+        self._part: TextIO | None = None
+
+    def prepare(self, overwrite: bool = False) -> None:
+        """Make sure that the answers on disk, if any, were made by this configuration; one process does this.
+
+        Raises:
+            InputError: they were not, or nobody knows; `overwrite` discards them instead.
+        """
+        if overwrite:
+            self._discard()
+        found = self.file.exists() or self.parts.exists()
+        remedy = "give another --answers-file, or --overwrite to discard it"
+        if found and not self.record.exists():
+            raise InputError(f"{str(self.file)!r} exists, and how it was made is not recorded; {remedy}")
+        if found:
+            before = json.loads(self.record.read_text())
+            differing = [key for key in {**before, **self.config} if before.get(key) != self.config.get(key)]
+            if differing:
+                said = ", ".join(f"{key} {before.get(key)!r}, now {self.config.get(key)!r}" for key in differing)
+                raise InputError(f"{str(self.file)!r} was made with another configuration ({said}); {remedy}")
+        self.parts.mkdir(parents=True, exist_ok=True)
+        _replace(self.record, json.dumps(self.config, indent=2) + "\n")
+
+    def answered(self) -> set[int]:
+        """Return the indices of the questions that have an answer on disk."""
+        return {index for index, _ in self._rows()}
+
+    def write(self, index: int, row: Mapping[str, Any]) -> None:
+        """Put the answer to a question on disk."""
+        if self._part is None:
+            self._part = (self.parts / f"{uuid4().hex}.jsonl").open("w", encoding="utf-8")
+        self._part.write(json.dumps({_INDEX: index, **row}) + "\n")
+        self._part.flush()
+
+    def close(self) -> None:
+        """Close this process's part."""
+        if self._part is not None:
+            self._part.close()
+            self._part = None
+
+    def merge(self) -> int:
+        """Write the answers in question order and remove the parts; returns their number. One process does this."""
+        rows = dict(sorted(self._rows()))
+        _replace(self.file, "".join(json.dumps(row) + "\n" for row in rows.values()))
+        for part in self.parts.iterdir():
+            part.unlink()
+        self.parts.rmdir()
+        return len(rows)
+
+    def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Read every whole line of the merged file, whose lines are in question order, and of the parts."""
+        if self.file.exists():
+            yield from enumerate(_whole_lines(self.file))
+        for part in sorted(self.parts.glob("*.jsonl")) if self.parts.exists() else ():
+            for row in _whole_lines(part):
+                yield row.pop(_INDEX), row
+
+    def _discard(self) -> None:
+        for file in (self.file, self.record, *self.parts.glob("*.jsonl")):
+            file.unlink(missing_ok=True)
+
+
+def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Parse the lines that end; what follows the last line end was cut off while being written."""
+    with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    draft = file.with_name(f"{file.name}.{uuid4().hex}.draft")
+    with draft.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    draft.replace(file)

@@ -1,0 +1,69 @@
+"""The processes of one run, started by torchrun or accelerate: who am I, what is next, are we done."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+
+from llava.constants import InputError
+
+
+class Ranks:
+    """This process among those of the run; alone where no launcher started it. A context manager."""
+
+    def __init__(self, wanted: int | None = None) -> None:
+        """Join the run.
+
+        Args:
+            wanted: number of processes the user asked for; None: as many as there are.
+
+        Raises:
+            InputError: there are fewer or more.
+        """
+        self.rank, self.world, self.local = 0, 1, 0
+        if dist.is_torchelastic_launched():
+            # One rank may wait long for another's last image.
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
+            self.rank, self.world, self.local = dist.get_rank(), dist.get_world_size(), dist.get_node_local_rank()
+        if wanted is not None and wanted != self.world:
+            self.close()
+            raise InputError(
+                f"{wanted} processes were asked for, but {self.world} started; launch with torchrun "
+                f"--nproc_per_node {wanted} (accelerate launch --cpu starts one)"
+            )
+
+    @property
+    def device(self) -> str:
+        """Device of this process."""
+        return f"cuda:{self.local}" if torch.cuda.is_available() else "cpu"
+
+    def claim(self, items: int, chunk: int) -> Iterator[int]:
+        """Draw from a queue all processes share, `chunk` at a time, so that all stay busy to the end."""
+        if self.world == 1:
+            yield from range(items)
+            return
+        store = dist.distributed_c10d._get_default_store()
+        while (start := (store.add("next", 1) - 1) * chunk) < items:
+            yield from range(start, min(start + chunk, items))
+
+    def wait(self) -> None:
+        """Wait for the others."""
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the run."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> "Ranks":
+        """Return self."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the run; after an error the launcher stops the others."""
+        self.close()

@@ -1,0 +1,118 @@
+"""What holds for every benchmark: questions of generated data, missing files, empty and foreign answers."""
+
+from pathlib import Path
+
+import pytest
+
+from llava.constants import InputError
+from llava.eval.benchmarks import available, get
+from tests.eval.benchmarks.rows import failed, row
+from tests.eval.data import write_benchmark
+
+TEN = ["gqa", "mmbench", "mmbench_cn", "mme", "mmvet", "pope", "scienceqa", "textvqa", "vizwiz", "vqav2"]
+FOLDERS = {
+    "vqav2": "vqav2", "gqa": "gqa", "vizwiz": "vizwiz", "scienceqa": "scienceqa", "textvqa": "textvqa", "pope": "pope",
+    "mme": "MME", "mmbench": "mmbench", "mmbench_cn": "mmbench_cn", "mmvet": "mm-vet",
+}  # fmt: skip
+
+
+def test_the_ten_are_found() -> None:
+    assert set(TEN) <= set(available())
+    assert {name: get(name).folder for name in TEN} == FOLDERS
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_generated_questions_are_read(name: str, tmp_path: Path) -> None:
+    benchmark, data = get(name), write_benchmark(name, tmp_path, n_images=3, per_image=2)
+    assert data == tmp_path / benchmark.folder
+    assert not benchmark.missing(data)
+    assert all((data / label).exists() for label in benchmark.labels)
+    questions = list(benchmark.questions(data / benchmark.question_file))
+    assert len(questions) == (9 if name == "scienceqa" else 6)
+    for question in questions:
+        assert question.text
+        if question.data is None and question.image is not None:
+            assert (data / benchmark.image_folder / question.image).exists()
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_missing_names_what_a_run_needs(name: str, tmp_path: Path) -> None:
+    benchmark = get(name)
+    missing = benchmark.missing(tmp_path)
+    assert tmp_path / benchmark.question_file in missing
+    assert len(missing) == (1 if name.startswith("mmbench") else 2)
+    assert benchmark.source
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_answers_of_generated_data_get_a_score(name: str, tmp_path: Path) -> None:
+    """The right word, the right letter or "Yes" for every question; a third of the latter are right."""
+    benchmark, data = get(name), write_benchmark(name, tmp_path)
+    questions = list(benchmark.questions(data / benchmark.question_file))
+    rows = [row(q.id, "Yes", q.prompt or q.text, **q.extra) for q in questions]
+    result = benchmark.score(rows, data)
+    assert result.benchmark == name
+    if name == "mmvet":
+        assert result.scored == "server"
+        assert result.n == len(questions)
+        return
+    assert result.scored == "local"
+    assert result.headline in result.metrics
+    mean = sum(result.per_question.values()) / len(result.per_question)
+    assert mean == pytest.approx(result.metrics[result.headline])
+    again = benchmark.score(rows[:8], data)
+    assert again.n <= 8
+    assert any("have no answer" in note for note in again.notes)
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_no_answers_at_all(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no answers"):
+        get(name).score([], write_benchmark(name, tmp_path))
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_rows_that_are_no_answers(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="answer 1 has no question_id or no text"):
+        get(name).score([{"question_id": 1}], write_benchmark(name, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["gqa", "mme", "pope", "textvqa", "mmbench"])
+def test_answers_of_another_set(name: str, tmp_path: Path) -> None:
+    data = write_benchmark(name, tmp_path)
+    with pytest.raises(InputError, match="no answer belongs to a labelled question"):
+        get(name).score([row(987654, "x", "What?\nAnswer.")], data)
+
+
+@pytest.mark.parametrize("name", ["gqa", "mme", "pope", "textvqa", "scienceqa", "mmbench"])
+def test_missing_labels_name_file_and_source(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        get(name).score([row(1, "x", "What?\nAnswer.")], tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "get it from" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gqa", "textvqa", "scienceqa", "vqav2", "vizwiz"])
+def test_labels_in_another_layout(name: str, tmp_path: Path) -> None:
+    benchmark, data = get(name), write_benchmark(name, tmp_path)
+    for label in benchmark.labels:
+        (data / label).write_text('{"unexpected": [1]}')
+    with pytest.raises(InputError, match="not in the official layout"):
+        benchmark.score([row(1, "x", "What?\nAnswer.")], data)
+
+
+@pytest.mark.parametrize("name", ["gqa", "vqav2", "pope", "mmvet"])
+def test_errors_and_repeats_are_noted(name: str, tmp_path: Path) -> None:
+    benchmark, data = get(name), write_benchmark(name, tmp_path)
+    first, second = list(benchmark.questions(data / benchmark.question_file))[:2]
+    result = benchmark.score([row(first.id, "a"), row(first.id, "b"), failed(second.id)], data)
+    assert result.n == 1
+    assert any("1 of 3 rows repeat a question" in note for note in result.notes)
+    assert any("1 rows report an error" in note for note in result.notes)
+
+
+def test_a_question_file_with_a_hole(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question_id": 1, "text": "What?"}\n{"question_id": 2}\n')
+    with pytest.raises(InputError, match=r"questions\.jsonl', question 2"):
+        list(get("gqa").questions(file))
