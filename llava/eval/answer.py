@@ -198,8 +198,7 @@ def _conclude(args: argparse.Namespace, journal: Journal, wanted: int, tally: Ta
     merged = journal.merge()
     if merged < wanted:
         raise RuntimeError(f"{merged} of {wanted} questions have an answer; start the same command again")
-    errors = _errors(journal.file)
-    return {
+    summary = {
         "answers_file": str(journal.file),
         "questions": merged,
         "answered_now": tally.answers,
@@ -207,8 +206,11 @@ def _conclude(args: argparse.Namespace, journal: Journal, wanted: int, tally: Ta
         "seconds": round(time.monotonic() - tally.start, 2),
         "method": journal.config["method"],
         "retention": tally.retention,
-        "errors": errors,
+        "errors": _errors(journal.file),
     }
+    if tally.answers:  # a run that found everything done leaves the account of the one that did it
+        journal.summarise(summary)
+    return summary
 
 
 def _errors(file: Path) -> list[str]:

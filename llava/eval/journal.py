@@ -14,6 +14,8 @@ from uuid import uuid4
 from llava.constants import InputError
 
 _INDEX = "index"
+# What stands beside an answers file: how it was made, and how the run that finished it went.
+RECORD, SUMMARY = ".config.json", ".summary.json"
 
 
 class Journal:
@@ -23,7 +25,7 @@ class Journal:
         """Name the answers file and what its answers depend on; nothing is touched yet."""
         self.file, self.config = file, dict(config)
         self.parts = file.with_name(file.name + ".parts")
-        self.record = file.with_name(file.name + ".config.json")
+        self.record = file.with_name(file.name + RECORD)
         self._part: TextIO | None = None
 
     def prepare(self, overwrite: bool = False) -> None:
@@ -73,6 +75,10 @@ class Journal:
         self.parts.rmdir()
         return len(rows)
 
+    def summarise(self, summary: Mapping[str, Any]) -> None:
+        """Put the summary of a finished run beside the answers."""
+        _replace(self.file.with_name(self.file.name + SUMMARY), json.dumps(summary, indent=2) + "\n")
+
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Read every whole line of the merged file, whose lines are in question order, and of the parts."""
         if self.file.exists():
@@ -82,7 +88,8 @@ class Journal:
                 yield row.pop(_INDEX), row
 
     def _discard(self) -> None:
-        for file in (self.file, self.record, *self.parts.glob("*.jsonl")):
+        summary = self.file.with_name(self.file.name + SUMMARY)
+        for file in (self.file, self.record, summary, *self.parts.glob("*.jsonl")):
             file.unlink(missing_ok=True)
 
 
