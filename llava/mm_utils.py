@@ -1,6 +1,7 @@
 """From picture files to view tensors and from prompts to ids, under the names LLaVA's users know."""
 
 import base64
+import warnings
 from io import BytesIO
 from math import ceil
 from os import PathLike
@@ -26,7 +27,9 @@ def load_image(source: str | PathLike[str]) -> Image.Image:
     if "://" in str(source):
         raise InputError(f"image file {str(source)!r} is an address; download it and give the file")
     try:
-        with Image.open(path) as image:
+        # Large is fine up to Pillow's limit, beyond which it raises; its warning at half of that is no news.
+        quiet = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
+        with quiet, Image.open(path) as image:
             return to_rgb(image)
     except FileNotFoundError:
         problem = "does not exist; check the path"

@@ -22,16 +22,46 @@ def disable_torch_init() -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line, exit code 2."""
+    """An argument parser whose complaint is one line, exit code 2; `--top_p` is as good as `--top-p`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments, underscores in option names read as hyphens: upstream's flags come in both spellings."""
+        words = (word.partition("=") for word in (sys.argv[1:] if args is None else args))
+        spelt = [(n.replace("_", "-") if n.startswith("--") else n) + rest + value for n, rest, value in words]
+        return super().parse_known_args(spelt, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print `prog: error: message` without the usage block and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
 
+def add_generation_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Add the options of generation."""
+    parser.add_argument("--temperature", type=_number(0, 100), default=0.0, help="0 (default): greedy")
+    parser.add_argument("--top-p", type=_number(0, 1), help="with a temperature: nucleus sampling")
+    parser.add_argument("--num-beams", type=positive, default=1)
+    parser.add_argument("--max-new-tokens", type=positive, default=max_new_tokens)
+
+
+def positive(text: str) -> int:
+    """Parse an integer of at least 1; for argparse."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not low <= (value := float(text)) <= high:
+            raise ValueError
+        return value
+
+    return number
+
+
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose and configure a compression method."""
-    parser.add_argument("--method", default="globalcom2", help=f"{', '.join(available())}, or a call with fields")
+    parser.add_argument("--method", help=f"globalcom2 (default), {', '.join(available())}, or a call with fields")
     parser.add_argument("--retention-ratio", help="kept / uncompressed visual tokens, in (0, 1]")
     parser.add_argument("--profile", help="corrected, released or paper")
 
@@ -48,7 +78,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what `add_model_arguments` was given as keywords of `load_pretrained_model`, paths left out."""
+    """Return what `add_model_arguments` was given as keywords of `load_pretrained_model`, paths left out.
+
+    Raises:
+        InputError: a GPU was asked for by name and there is none.
+    """
+    import torch
+
+    if str(args.device).startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {args.device}: no CUDA device is available; leave the option out to run on the CPU")
     names = ("load_8bit", "load_4bit", "dtype", "vision_tower", "device")
     return {name: getattr(args, name) for name in names if getattr(args, name)}
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from llava.anyres import AnyResGrid
-from llava.compress import get
+from llava.compress import base
 from llava.compress.trace import ImageTrace, Trace
 from llava.constants import InputError
 from llava.mm_utils import load_image, process_images
@@ -130,14 +130,14 @@ def _side_by_side(panels: list[Image.Image], captions: list[str], title: str) ->
 def visualize(args: argparse.Namespace) -> None:
     """Load a model, compress one picture and write what was kept as PNG."""
     output = Path(args.output)
-    if not output.parent.is_dir():
-        raise InputError(f"the folder of --output {args.output!r} does not exist; create it first")
+    if not output.parent.is_dir() or output.is_dir() or output.suffix.lower() != ".png":
+        raise InputError(f"--output {args.output!r} must be a .png file in a folder that exists")
+
+    from llava.model.builder import choose_method, load_pretrained_model, read_config
+
     image = load_image(args.image_file)
-    method = get(args.method, retention_ratio=args.retention_ratio, profile=args.profile)
-    ratio = method.ratio
-
-    from llava.model.builder import load_pretrained_model
-
+    method = choose_method(read_config(args.model_path), args.method, args.retention_ratio, args.profile)
+    base.resolve_ratio(method.retention_ratio)  # a bad value in the environment is refused before the model loads
     _, model, processor, _ = load_pretrained_model(args.model_path, args.model_base, **load_options(args))
     model.method = method
     pixels = process_images([image], processor, model.config)
@@ -145,7 +145,8 @@ def visualize(args: argparse.Namespace) -> None:
     with torch.no_grad():
         model.compress_images(pixels, [image.size], trace)
     views = pixels[0] if pixels[0].ndim == 4 else pixels[0][None]
-    draw(image, views, trace.images[0], processor, f"{trace.method} at retention ratio {ratio:g}").save(output)
+    shown = trace.images[0]
+    draw(image, views, shown, processor, f"{trace.method} at retention ratio {shown.plan.ratio:g}").save(output)
     print(output)
 
 

@@ -99,9 +99,10 @@ def test_command_writes_a_png(checkpoint, tmp_path, monkeypatch, capsys):
 
 
 def test_missing_output_folder_is_said_before_anything_runs(tmp_path, monkeypatch, capsys):
-    arguments = ["--model-path", "nosuch", "--image-file", "nosuch.png", "--output", str(tmp_path / "no" / "kept.png")]
-    monkeypatch.setattr(sys, "argv", ["visualize", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        run_command(visualize.main)
-    assert stop.value.code == 2
-    assert "--output" in capsys.readouterr().err
+    for output in (tmp_path / "no" / "kept.png", tmp_path, tmp_path / "kept.foo"):
+        arguments = ["--model-path", "nosuch", "--image-file", "nosuch.png", "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", ["visualize", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            run_command(visualize.main)
+        assert stop.value.code == 2
+        assert "--output" in capsys.readouterr().err

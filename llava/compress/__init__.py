@@ -52,10 +52,10 @@ def get(spec: str, **fallback: Any) -> Compressor:
         InputError: unknown method, field or value.
     """
     name, given = _parse(spec)
-    values = {key: value for key, value in fallback.items() if value is not None} | given
+    values = {k: v for source in (fallback, given) for k, v in source.items() if v is not None}
     cls = method_class(name)
     known = [field.name for field in dataclasses.fields(cls)]
-    unknown = sorted(values.keys() - set(known))
+    unknown = sorted((values | given).keys() - set(known))
     if unknown:
         raise InputError(f"method {name} has no field {', '.join(unknown)}; it has {', '.join(known)}")
     return cls(**values)

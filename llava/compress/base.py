@@ -27,7 +27,7 @@ def parse_ratio(value: object, source: str = "retention_ratio") -> float:
         InputError: it is no number in (0, 1]; the message names the value and where it came from.
     """
     try:
-        ratio = float(value)  # type: ignore[arg-type]
+        ratio = -1.0 if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         ratio = -1.0
     if not 0 < ratio <= 1:

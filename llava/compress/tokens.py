@@ -55,7 +55,9 @@ def fill_shares(weights: Tensor, capacity: Tensor, total: int) -> Tensor:
 def round_shares(shares: Tensor, capacity: Tensor, total: int) -> Tensor:
     """Round shares `[n]` to integers that sum to `total`, by largest remainder (ties: lower index first).
 
-    The shares must come from `fill_shares` with the same capacity and total.
+    The shares must come from `fill_shares` with the same capacity and total. Each comes out less than one away from
+    its share; where shares ÷ capacity are in some order, so are the counts of equal capacity, while between unequal
+    capacities counts ÷ capacity may be off that order by the rounding.
     """
     floors = shares.floor()
     remainder = torch.where(floors < capacity, shares - floors, -1.0)

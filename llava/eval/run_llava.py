@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava.compress import get
+from llava.compress import base
 from llava.compress.trace import Trace
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -23,7 +23,14 @@ from llava.constants import (
 )
 from llava.conversation import conv_templates, template_name
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
-from llava.utils import OneLineParser, add_method_arguments, add_model_arguments, load_options, run_command
+from llava.utils import (
+    OneLineParser,
+    add_generation_arguments,
+    add_method_arguments,
+    add_model_arguments,
+    load_options,
+    run_command,
+)
 
 
 def build_prompt(query: str, images: int, config: Any, conv_mode: str | None = None) -> str:
@@ -88,13 +95,12 @@ def eval_model(args: Any) -> None:
     """Run the command on parsed arguments, or on any object with the attributes of LLaVA's quick start."""
     defaults = vars(build_parser().parse_args(["--model-path", "", "--image-file", "", "--query", ""]))
     args = argparse.Namespace(**{key: getattr(args, key, default) for key, default in defaults.items()})
-    paths = [path.strip() for path in args.image_file.split(args.sep)]
+    from llava.model.builder import choose_method, load_pretrained_model, read_config
+
+    paths = [path.strip() for path in args.image_file.split(args.sep or ",")]
     images = [load_image(path) for path in paths]
-    method = get(args.method, retention_ratio=args.retention_ratio, profile=args.profile)
-    ratio = method.ratio  # a bad value in the environment is refused before the model loads
-
-    from llava.model.builder import load_pretrained_model
-
+    method = choose_method(read_config(args.model_path), args.method, args.retention_ratio, args.profile)
+    base.resolve_ratio(method.retention_ratio)  # a bad value in the environment is refused before the model loads
     tokenizer, model, processor, _ = load_pretrained_model(args.model_path, args.model_base, **load_options(args))
     if processor is None:
         raise InputError(f"{args.model_path!r} is a language model without vision; give a LLaVA checkpoint")
@@ -117,6 +123,7 @@ def eval_model(args: Any) -> None:
     )
     ledger = trace.ledger()
     if args.json:
+        ratio = ledger["images"][0]["requested_ratio"]
         print(json.dumps({"answer": answer, "query": args.query, "retention_ratio": ratio, **ledger}))
     else:
         sys.stderr.write(describe(ledger, paths))
@@ -152,10 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sep", default=",")
     parser.add_argument("--query", required=True)
     parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
-    parser.add_argument("--top-p", "--top_p", type=float)
-    parser.add_argument("--num-beams", "--num_beams", type=int, default=1)
-    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512)
+    add_generation_arguments(parser, 512)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_method_arguments(parser)
     return parser

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
+from llava.anyres import parse_pinpoints
 from llava.compress import get
+from llava.compress.base import Compressor
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -14,8 +16,10 @@ from llava.constants import (
 )
 from llava.model.files import REMEDY, find_file, read_object
 from llava.model.multimodal_encoder.builder import locate_tower, vision_config
+from llava.model.views import LAYOUTS
 from llava.model.weights import additions_file, load_additions, load_model, load_tower, merge_lora, need, refuse
 
+VERY_LONG = 10**9
 COMPRESSION = ("method", "retention_ratio", "profile")
 LLAMA, MISTRAL = "LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"
 SUPPORTED = {"llava": LLAMA, "llava_llama": LLAMA, "llava_mistral": MISTRAL}
@@ -58,14 +62,13 @@ def load_pretrained_model(
     """
     kwargs.pop("multimodal", None)
     raw = read_config(model_path, kwargs.pop("customized_config", None))
-    given = {key: raw.pop(key, None) for key in COMPRESSION} | {k: kwargs.pop(k) for k in COMPRESSION if k in kwargs}
-    method = get(given["method"] or "globalcom2", retention_ratio=given["retention_ratio"], profile=given["profile"])
+    method = choose_method(raw, *(kwargs.pop(key, None) for key in COMPRESSION))
     kwargs = _placement(kwargs, load_8bit, load_4bit, device_map, device, use_flash_attn)
     context_len = raw.get("max_sequence_length", 2048)
     if not model_base and _is_addition(model_path):
         raise InputError(f"{model_path!r} is a LoRA or projector; give the model it belongs to as model_base")
     tokenizer = load_tokenizer(model_base or model_path)
-    if "mm_vision_tower" not in raw:
+    if not raw.get("mm_vision_tower"):
         return tokenizer, _load_language_model(model_path, raw, kwargs), None, context_len
     tower = locate_tower(kwargs.pop("vision_tower", None) or raw["mm_vision_tower"], model_path)
     cls, config = _classify(raw, tower)
@@ -99,6 +102,25 @@ def read_config(model_path: str, override: str | None = None) -> dict[str, Any]:
     return config
 
 
+def choose_method(
+    config: dict[str, Any], method: str | None = None, ratio: Any = None, profile: str | None = None
+) -> Compressor:
+    """Return the compression method: as given, else as the checkpoint's config says, else GlobalCom².
+
+    Args:
+        config: of `read_config`; its keys `method`, `retention_ratio` and `profile` are read and taken out.
+        method: name or call syntax, see `llava.compress.get`.
+        ratio: retention ratio.
+        profile: which reading of the method runs.
+
+    Raises:
+        InputError: unknown method or profile, or a ratio that is none.
+    """
+    own = [config.pop(key, None) for key in COMPRESSION]
+    method, ratio, profile = (b if a is None else a for a, b in zip((method, ratio, profile), own, strict=True))
+    return get(method or "globalcom2", retention_ratio=ratio, profile=profile)
+
+
 def load_tokenizer(path: str) -> Any:
     """Load a checkpoint's tokenizer.
 
@@ -114,11 +136,13 @@ def load_tokenizer(path: str) -> Any:
     options = read_object(settings) if settings else {}
     # Without settings transformers would leave out the begin-of-sequence id that every LLaVA was trained with.
     defaults = {} if "add_bos_token" in options else {"add_bos_token": True}
-    cls = LlamaTokenizer if options.get("tokenizer_class", "Llama").startswith("Llama") else AutoTokenizer
+    cls = LlamaTokenizer if (options.get("tokenizer_class") or "Llama").startswith("Llama") else AutoTokenizer
     try:
         tokenizer = cls.from_pretrained(path, **defaults)
     except Exception as error:  # whatever the parsers of a damaged file raise, which differs between their versions
         raise InputError(f"no readable tokenizer at {path!r} ({type(error).__name__} {error})") from error
+    # Lengths are checked with the images in; the tokenizer's own warning knows nothing of them.
+    tokenizer.model_max_length = VERY_LONG
     # Where its files are missing or empty, LlamaTokenizer makes do with its three special tokens.
     if len(tokenizer) <= 3:
         raise InputError(f"no tokenizer.model or tokenizer.json with a vocabulary at {path!r}; {REMEDY}")
@@ -188,9 +212,27 @@ def _classify(raw: dict[str, Any], tower: str) -> tuple[type, Any]:
     known = {key: value for key, value in raw.items() if key not in left_out}
     known |= {"mm_vision_tower": tower, "mm_vision_config": raw.get("mm_vision_config") or vision_config(tower)}
     try:
-        return cls, cls.config_class(**known)
+        config = cls.config_class(**known)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise InputError(f"config.json cannot be used: {error}") from error
+    _check_vision(config)
+    return cls, config
+
+
+def _check_vision(config: Any) -> None:
+    """Refuse vision settings that would only fail, or mean something else, once an image comes."""
+    layers = config.mm_vision_config.get("num_hidden_layers", 12)
+    allowed: dict[str, Any] = {
+        "mm_patch_merge_type": tuple(LAYOUTS),
+        "image_aspect_ratio": ("square", "pad", "anyres"),
+        "mm_vision_select_layer": range(-layers, layers + 1),
+    }
+    for key, values in allowed.items():
+        if getattr(config, key) not in values:
+            said = f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(values)
+            raise InputError(f"config.json's {key} must be {said}, got {getattr(config, key)!r}")
+    if config.image_aspect_ratio == "anyres":
+        parse_pinpoints(config.image_grid_pinpoints)
 
 
 def _load_language_model(path: str, raw: dict[str, Any], kwargs: dict[str, Any]) -> Any:

@@ -108,7 +108,7 @@ def generate_scale_for_crop_features(
     base_scale: float | None = None,
     temperature: float = 10.0,
 ) -> list[float]:
-    """Return the retention ratio of every crop as the released code computes it (eq. 2-7).
+    """Return the retention ratio of every crop as the released code does (eq. 2-7); `GlobalCom2` itself counts tokens.
 
     Args:
         base_cls_attn_scores: `[N]`, the thumbnail's [CLS] scores.
@@ -129,7 +129,7 @@ def interpolate_and_split_cls_attn_scores(
     num_patch_height: int,
     crop_dimensions: Sequence[tuple[int, int]],
 ) -> list[Tensor]:
-    """Resize the thumbnail's scores to the unpadded canvas and cut them per crop.
+    """Resize the thumbnail's scores to the unpadded canvas and cut them per crop (see `GlobalCom2._project`).
 
     Args:
         base_cls_attn_scores: `[N]`, the thumbnail's [CLS] scores.

@@ -58,7 +58,10 @@ def write_miniature(
     if version not in VERSIONS:
         raise InputError(f"unknown version {version!r}; choose from {', '.join(VERSIONS)}")
     root = Path(folder)
-    (root / "clip").mkdir(parents=True, exist_ok=True)
+    try:
+        (root / "clip").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {str(root)!r} ({error.strerror}); give another") from error
     config = published_config(version)
     state = random_state(config, seed)
     _write_tokenizer(root)

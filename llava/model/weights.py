@@ -51,6 +51,8 @@ def load_model(cls: Any, path: str, **kwargs: Any) -> tuple[Any, set[str], set[s
             model, info = cls.from_pretrained(
                 path, output_loading_info=True, ignore_mismatched_sizes=True, weights_only=True, **kwargs
             )
+    except InputError:
+        raise
     except DAMAGED as error:
         raise InputError(f"cannot load the weights at {path!r}: {type(error).__name__} {error}") from error
     refuse({"misshapen": [name for name, *_ in info["mismatched_keys"]]}, path)

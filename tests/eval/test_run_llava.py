@@ -1,6 +1,7 @@
 """The command: answers on stdout, ledger on stderr or as JSON, one line and exit code 2 for bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,30 @@ def test_ratio_argument_goes_before_flag_before_environment_before_line_101(comm
     assert kept("--retention-ratio", "1.0", "--method", "uniform(retention_ratio=0.25)") == 9 + 24
 
 
+def test_none_in_the_spec_means_not_given(command, photo):
+    spec = "globalcom2(retention_ratio=None)"
+    out = command("--image-file", photo, "--json", "--method", spec, "--retention-ratio", "0.5")[1]
+    assert json.loads(out)["images"][0]["kept"] == 18 + 48
+
+
+def test_the_checkpoints_own_method_is_used_unless_another_is_given(command, photo, tmp_path, checkpoint):
+    folder = shutil.copytree(checkpoint(), tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text()) | {"method": "uniform", "retention_ratio": 0.5}
+    (folder / "config.json").write_text(json.dumps(config))
+    account = json.loads(command("--image-file", photo, "--json", model=folder)[1])
+    assert account["method"] == "uniform(retention_ratio=0.5)"
+    assert account["images"][0]["kept"] == 18 + 48
+    other = command("--image-file", photo, "--json", "--method", "none", model=folder)[1]
+    assert json.loads(other)["retention_ratio"] == 1.0  # what none did, whatever was asked
+
+
+def test_a_long_question_is_one_line(command, photo):
+    code, _, err = command("--image-file", photo, query="word " * 5000)
+    assert code == 2
+    assert "4096" in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -94,6 +119,12 @@ def test_ratio_argument_goes_before_flag_before_environment_before_line_101(comm
         (["--profile", "nosuch"], "nosuch"),
         (["--conv-mode", "nosuch"], "nosuch"),
         (["--max-new-tokens", "many"], "many"),
+        (["--max-new-tokens", "0"], "max-new-tokens"),
+        (["--num-beams", "0"], "num-beams"),
+        (["--temperature", "nan"], "nan"),
+        (["--temperature", "-1"], "-1"),
+        (["--temperature", "1", "--top-p", "5"], "top-p"),
+        (["--device", "cuda"], "cuda"),
         (["--nosuch"], "nosuch"),
     ],
 )
