@@ -8,6 +8,8 @@ import dataclasses
 from enum import Enum, auto
 from typing import Any
 
+from llava.constants import InputError
+
 
 class SeparatorStyle(Enum):
     """How turns are glued together."""
@@ -160,6 +162,16 @@ conv_templates = {
     "chatml_direct": conv_chatml_direct,
     "mistral_direct": conv_chatml_direct,
 }
+
+
+def check_template(name: str | None) -> None:
+    """Refuse a name no template has; None stands for the checkpoint's own.
+
+    Raises:
+        InputError: there is no such template.
+    """
+    if name is not None and name not in conv_templates:
+        raise InputError(f"unknown conversation template {name!r}; choose from {', '.join(sorted(conv_templates))}")
 
 
 def template_name(config: Any) -> str:

@@ -9,24 +9,26 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import shortuuid
+import torch.distributed as dist
 from tqdm import tqdm
 
-from llava.compress import get
 from llava.constants import InputError
+from llava.conversation import check_template, conv_templates
 from llava.eval import benchmarks
 from llava.eval.benchmarks.base import Question, Row
 from llava.eval.engine import Answer, Asked, Engine
 from llava.eval.journal import Journal
-from llava.eval.pictures import Picture, Pictures, check_paths, stream
+from llava.eval.pictures import WORKERS, WORTHWHILE, Picture, Pictures, Source, check_paths, stream
 from llava.eval.ranks import Ranks
 from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import choose_method, load_pretrained_model, read_config
 from llava.utils import OneLineParser, add_method_arguments, add_model_arguments, load_options, run_command
 
 # Images a process draws at once from the queue it shares with the others.
@@ -39,24 +41,25 @@ DECISIVE = (
 )
 
 
-@dataclass
 class Tally:
-    """What a process did, for the bar and the summary."""
+    """What the processes of a run did so far, all together, for the bar and the summary."""
 
-    answers: int = 0
-    kept: int = 0
-    total: int = 0
-    images: int = 0
-    errors: list[str] = field(default_factory=list)
-    start: float = field(default_factory=time.monotonic)
+    def __init__(self, ranks: Ranks) -> None:
+        """Start the clock."""
+        self.ranks, self.start = ranks, time.monotonic()
+        self.update()
 
-    def add(self, answer: Answer) -> None:
-        """Count an answer."""
-        self.answers += 1
-        self.kept += answer.kept
-        self.total += answer.total
-        if answer.error:
-            self.errors.append(answer.error)
+    def update(self, answers: int = 0, images: int = 0, kept: int = 0, total: int = 0) -> None:
+        """Add what this process did, and learn what the others did."""
+        self.answers = self.ranks.count("answers", answers)
+        self.images = self.ranks.count("images", images)
+        self.kept = self.ranks.count("kept", kept)
+        self.total = self.ranks.count("total", total)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the model was there."""
+        return time.monotonic() - self.start
 
     @property
     def retention(self) -> float | None:
@@ -66,7 +69,7 @@ class Tally:
     @property
     def images_per_second(self) -> float:
         """Pictures taken in per second."""
-        return self.images / max(time.monotonic() - self.start, 1e-9)
+        return self.images / max(self.seconds, 1e-9)
 
 
 def select_questions(args: argparse.Namespace) -> list[Question]:
@@ -89,8 +92,11 @@ def select_questions(args: argparse.Namespace) -> list[Question]:
     questions = list(islice(questions, args.limit))
     if not questions:
         raise InputError(f"{str(file)!r} has no questions")
+    folder = Path(args.image_folder)
+    if not folder.is_dir() and any(q.image is not None and q.data is None for q in questions):
+        raise InputError(f"there is no image folder {str(folder)!r}; see scripts/v1_5/eval/check_data.sh")
     if not args.allow_outside:
-        check_paths(questions, Path(args.image_folder))
+        check_paths(questions, folder)
     return questions
 
 
@@ -101,6 +107,11 @@ def group_by_image(questions: Sequence[Question]) -> list[list[int]]:
         alone = question.image is None and question.data is None
         groups.setdefault((index,) if alone else question.image or question.data, []).append(index)
     return list(groups.values())
+
+
+def source(group: int, question: Question) -> Source:
+    """Say where the picture of a group of questions comes from, given one of them."""
+    return Source(group, question.image, question.data)
 
 
 def answer_row(answer: Answer, model_id: str, method: str, ratio: float) -> Row:
@@ -129,9 +140,7 @@ def configuration(args: argparse.Namespace, method: str) -> Row:
 
 def load_engine(args: argparse.Namespace, method: Any, device: str) -> tuple[Engine, Any]:
     """Load the model; returns its engine and its image processor."""
-    from llava.model.builder import load_pretrained_model
-
-    options = {"device": device, **load_options(args)}
+    options = {**load_options(args), "device": args.device if args.device not in (None, "cuda") else device}
     tokenizer, model, processor, _ = load_pretrained_model(args.model_path, args.model_base, **options)
     if processor is None:
         raise InputError(f"{args.model_path!r} is a language model without vision; give a LLaVA checkpoint")
@@ -150,25 +159,37 @@ def run(args: argparse.Namespace) -> Row:
         InputError: something the run needs is missing or does not fit; nothing was answered then.
     """
     with Ranks(args.num_processes) as ranks:
-        method = get(args.method, retention_ratio=args.retention_ratio, profile=args.profile)
+        # A missing checkpoint is said before anything is written.
+        method = choose_method(read_config(args.model_path), args.method, args.retention_ratio, args.profile)
         method = replace(method, retention_ratio=method.ratio)
+        if args.conv_mode not in (None, *conv_templates):
+            raise InputError(
+                f"unknown conversation template {args.conv_mode!r}; choose from {', '.join(conv_templates)}"
+            )
+        check_template(args.conv_mode)
         questions = select_questions(args)
         journal = Journal(Path(args.answers_file), configuration(args, str(method)))
+        if not args.overwrite:
+            journal.check()
+        ranks.wait()  # every process looks before one writes
         if ranks.rank == 0:
             journal.prepare(args.overwrite)
-        ranks.wait()
-        done = {index for index in journal.answered() if index < len(questions)}
-        tally = Tally()
+        done = ranks.share({i for i in journal.answered() if i < len(questions)} if ranks.rank == 0 else None)
+        tally = Tally(ranks)
         if len(done) < len(questions):
             engine, processor = load_engine(args, method, ranks.device)
+            tally.start = time.monotonic()
             model_id = args.model_name or get_model_name_from_path(args.model_path)
             bar = tqdm(total=len(questions), initial=len(done), unit="question", disable=ranks.rank > 0)
             feed = _feed(args, questions, done, engine, processor, ranks, tally)
             for answer in engine.answer(feed, one_by_one=args.one_by_one):
                 journal.write(answer.index, answer_row(answer, model_id, str(method), method.ratio))
-                tally.add(answer)
+                tally.update(answers=1, kept=answer.kept, total=answer.total)
                 bar.set_postfix_str(f"{tally.images_per_second:.2f} images/s, kept {tally.retention}", refresh=False)
-                bar.update()
+                bar.update(len(done) + tally.answers - bar.n)
+            ranks.wait()
+            tally.update()
+            bar.update(len(done) + tally.answers - bar.n)
             bar.close()
         journal.close()
         ranks.wait()
@@ -186,10 +207,14 @@ def _feed(
 ) -> Iterator[tuple[Picture, list[Asked]]]:
     """Yield this process's share of the groups, without what is answered already."""
     groups = [[i] for i in range(len(questions))] if args.one_by_one else group_by_image(questions)
-    pictures = Pictures([questions[g[0]] for g in groups], Path(args.image_folder), processor, engine.model.config)
-    mine = (g for g in ranks.claim(len(groups), CHUNK) if not done.issuperset(groups[g]))
-    for picture in stream(pictures, mine, args.num_workers):
-        tally.images += picture.views is not None
+    todo = [number for number, group in enumerate(groups) if not done.issuperset(group)]
+    workers = args.num_workers
+    if workers is None:
+        workers = WORKERS if len(todo) >= WORTHWHILE * ranks.world else 0
+    pictures = Pictures(Path(args.image_folder), processor, engine.model.config)
+    mine = (source(todo[turn], questions[groups[todo[turn]][0]]) for turn in ranks.claim(len(todo), CHUNK))
+    for picture in stream(pictures, mine, workers):
+        tally.update(images=int(picture.views is not None))
         yield picture, [engine.ask(i, questions[i]) for i in groups[picture.group] if i not in done]
 
 
@@ -203,7 +228,7 @@ def _conclude(args: argparse.Namespace, journal: Journal, wanted: int, tally: Ta
         "questions": merged,
         "answered_now": tally.answers,
         "images": tally.images,
-        "seconds": round(time.monotonic() - tally.start, 2),
+        "seconds": round(tally.seconds, 2),
         "method": journal.config["method"],
         "retention": tally.retention,
         "errors": _errors(journal.file),
@@ -216,8 +241,20 @@ def _conclude(args: argparse.Namespace, journal: Journal, wanted: int, tally: Ta
 def _errors(file: Path) -> list[str]:
     """Return what is recorded as wrong with the questions of an answers file."""
     with file.open(encoding="utf-8") as lines:
-        metadata = (json.loads(line)["metadata"] for line in lines if '"error"' in line)
-        return [f"{m['error']}" for m in metadata if "error" in m]
+        rows = (json.loads(line) for line in lines if '"error"' in line)
+        failed = [(row["metadata"].get("error"), row["question_id"]) for row in rows]
+    return [f"{error} (question {number!r})" for error, number in failed if error]
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    """Return the parser of an integer option."""
+
+    def integer(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
+        return int(text)
+
+    return integer
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -227,22 +264,26 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-folder", default="", help="folder of the pictures")
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--answers-file", required=True)
-    parser.add_argument("--conv-mode", "--conv_mode", help="conversation template (default: the checkpoint's)")
-    parser.add_argument("--num-chunks", "--num_chunks", type=int, default=1)
-    parser.add_argument("--chunk-idx", "--chunk_idx", type=int, default=0)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
-    parser.add_argument("--top-p", "--top_p", type=float)
-    parser.add_argument("--num-beams", "--num_beams", type=int, default=1)
-    parser.add_argument("--single-pred-prompt", "--single_pred_prompt", action="store_true")
-    parser.add_argument("--all-rounds", "--all_rounds", action="store_true", help="MMBench: rotate the options")
+    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
+    parser.add_argument("--num-chunks", type=_at_least(1), default=1)
+    parser.add_argument("--chunk-idx", type=_at_least(0), default=0)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default; upstream's is 0.2)")
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--num-beams", type=_at_least(1), default=1)
+    parser.add_argument("--single-pred-prompt", action="store_true")
+    parser.add_argument("--all-rounds", action="store_true", help="MMBench: rotate the options")
     parser.add_argument("--lang", help="MMBench: en or cn")
-    parser.add_argument("--no-ocr", "--no_ocr", action="store_true", help="TextVQA: ask without the OCR tokens")
-    parser.add_argument("--batch-size", "--batch_size", type=int, default=8, help="questions answered at once")
-    parser.add_argument("--num-workers", "--num_workers", type=int, default=4, help="processes that load pictures")
-    parser.add_argument("--num-processes", "--num_processes", type=int, help="refuse to run with another number")
-    parser.add_argument("--limit", type=int, help="answer the first N questions only")
+    parser.add_argument("--no-ocr", action="store_true", help="TextVQA: ask without the OCR tokens")
+    parser.add_argument("--batch-size", type=_at_least(1), default=8, help="questions answered at once")
+    parser.add_argument(
+        "--num-workers",
+        type=_at_least(0),
+        help=f"processes that load pictures (default: {WORKERS} from {WORTHWHILE} pictures on, else none)",
+    )
+    parser.add_argument("--num-processes", type=int, help="refuse to run with another number")
+    parser.add_argument("--limit", type=_at_least(1), help="answer the first N questions only")
     parser.add_argument("--one-by-one", action="store_true", help="question by question, as LLaVA's own scripts do")
-    parser.add_argument("--overwrite", action="store_true", help="discard answers of another configuration")
+    parser.add_argument("--overwrite", action="store_true", help="discard the answers there are and start over")
     parser.add_argument("--allow-outside", action="store_true", help="allow pictures outside the image folder")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     add_method_arguments(parser)
@@ -250,7 +291,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def report(summary: Row, as_json: bool) -> None:
     """Print the summary of a run; exit with code 3 if questions could not be asked."""
-    if not summary:
+    if not summary:  # another process reports
         return
     if as_json:
         print(json.dumps(summary))
@@ -259,19 +300,27 @@ def report(summary: Row, as_json: bool) -> None:
             print(f"{key:14} {len(value) if key == 'errors' else value}")
         for error in summary["errors"]:
             sys.stderr.write(f"could not ask: {error}\n")
-    if summary["errors"]:
+    if summary["errors"] and not dist.is_torchelastic_launched():  # a launcher would report a crash
         raise SystemExit(3)
 
 
+def _benchmark_of(file: Path) -> str | None:
+    """Return the benchmark whose question file has this name."""
+    names = {Path(benchmarks.get(name).question_file).name: name for name in benchmarks.available()}
+    return names.get(file.name)
+
+
 def main(**defaults: Any) -> None:
-    """Run the command; doors set defaults such as `benchmark` and `max_new_tokens`."""
+    """Run the command; doors set defaults such as `max_new_tokens`, and the `benchmark` an unknown file is read as."""
+    fallback = defaults.pop("benchmark", None)
     parser = OneLineParser(prog="llava.eval.answer", description="Answer a question file, resumably.")
     add_run_arguments(parser)
-    if "benchmark" not in defaults:
-        parser.add_argument("--benchmark", required=True, help=", ".join(benchmarks.available()))
-    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=128)
+    known = ", ".join(benchmarks.available()) + (" (default: by the question file's name)" if fallback else "")
+    parser.add_argument("--benchmark", required=fallback is None, help=known)
+    parser.add_argument("--max-new-tokens", type=_at_least(1), default=128)
     parser.set_defaults(**defaults)
     args = parser.parse_args()
+    args.benchmark = args.benchmark or _benchmark_of(Path(args.question_file)) or fallback
     report(run(args), args.json)
 
 

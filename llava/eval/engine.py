@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llava.compress.pack import Packed
 from llava.compress.trace import Trace
-from llava.constants import IMAGE_TOKEN_INDEX, InputError
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, InputError
 from llava.eval.benchmarks.base import Question
 from llava.eval.pictures import Picture
 from llava.eval.run_llava import build_prompt
@@ -52,9 +52,15 @@ class Answer:
 class _Shown:
     """Questions about one encoded image (or none)."""
 
+    picture: Picture
     questions: list[Asked]
-    packed: Packed | None
-    total: int
+    packed: Packed | None = None
+    total: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """What stands before the questions and differs between units: the image's tokens."""
+        return len(self.packed.origin) if self.packed else 0
 
 
 class Engine:
@@ -74,8 +80,12 @@ class Engine:
         """
         self.tokenizer, self.model, self.batch, self.conv_mode = tokenizer, model, batch, conv_mode
         self.generation = generation
-        # Methods that read the prompt, and beams, which transformers cannot start from a cache, go one by one.
-        self.shares = model.method.query_agnostic and generation.get("num_beams", 1) == 1
+        # What cannot share a cache goes one by one: methods that read the prompt, beams, windows shorter than a prompt.
+        self.shares = (
+            model.method.query_agnostic
+            and generation.get("num_beams", 1) == 1
+            and getattr(model.config, "sliding_window", None) is None
+        )
         self._system: tuple[Tensor, SharedPrefix] | None = None
 
     def ask(self, index: int, question: Question) -> Asked:
@@ -112,7 +122,9 @@ class Engine:
         for asked in questions:
             slots = int((asked.ids == IMAGE_TOKEN_INDEX).sum())
             error = picture.error
-            if error is None and slots != (picture.views is not None):
+            if any(token in asked.question.text for token in (DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)):
+                error = f"the question itself contains {DEFAULT_IMAGE_TOKEN}"
+            elif error is None and slots != (picture.views is not None):
                 error = f"the question has {slots} <image> for {int(picture.views is not None)} picture(s)"
             if error is None:
                 usable.append(asked)
@@ -140,7 +152,7 @@ class Engine:
 
     def _together(self, window: list[tuple[Picture, list[Asked]]]) -> Iterator[Answer]:
         """Answer the questions of a window in batches of like length."""
-        shown = [_Shown(questions, None, 0) for picture, questions in window if picture.views is None]
+        shown = [_Shown(picture, questions) for picture, questions in window if picture.views is None]
         seen = [(picture, questions) for picture, questions in window if picture.views is not None]
         for start in range(0, len(seen), self.batch):
             part = seen[start : start + self.batch]
@@ -150,34 +162,27 @@ class Engine:
                     self._images([p for p, _ in part]), [p.size for p, _ in part], trace
                 )
             totals = [image.plan.patches for image in trace.images]
-            shown += [_Shown(q, p, n) for (_, q), p, n in zip(part, packed, totals, strict=True)]
+            shown += [_Shown(*seen, *made) for seen, made in zip(part, zip(packed, totals, strict=True), strict=True)]
         for unit in shown:
-            yield from self._drop_too_long(unit)
+            for asked in self._take_too_long(unit):
+                yield from self._alone(unit.picture, asked)
         for with_image in (False, True):
-            units = [unit for unit in shown if (unit.packed is not None) == with_image]
+            units = [unit for unit in shown if unit.questions and (unit.packed is not None) == with_image]
             for batch in self._batches(units):
                 yield from self._answer_batch(batch)
 
-    def _drop_too_long(self, unit: _Shown) -> Iterator[Answer]:
-        """Take the questions that do not fit the model out of a unit, each with its error."""
+    def _take_too_long(self, unit: _Shown) -> list[Asked]:
+        """Take the questions out of a unit that do not fit the model; alone, each is told so by itself."""
         limit = self.model.config.max_position_embeddings
-        for asked in list(unit.questions):
-            length = len(asked.ids) + (len(unit.packed.origin) - 1 if unit.packed else 0)
-            if length > limit:
-                unit.questions.remove(asked)
-                error = f"the prompt is {length} tokens long with its images, the model's limit is {limit}"
-                yield Answer(asked.index, asked.question, error=error)
+        slot = int(unit.packed is not None)
+        long = [asked for asked in unit.questions if len(asked.ids) - slot + unit.tokens > limit]
+        unit.questions[:] = [asked for asked in unit.questions if asked not in long]
+        return long
 
     def _batches(self, units: list[_Shown]) -> Iterator[list[_Shown]]:
-        """Cut units at the batch size and fill batches with units of like length."""
-        cut = [
-            _Shown(unit.questions[start : start + self.batch], unit.packed, unit.total)
-            for unit in units
-            for start in range(0, len(unit.questions), self.batch)
-        ]
-        cut.sort(key=lambda unit: -len(unit.packed.origin) if unit.packed else -len(unit.questions[0].ids))
+        """Put units of like length together, up to the batch size; one that has more questions stands alone."""
         batch: list[_Shown] = []
-        for unit in cut:
+        for unit in sorted(units, key=lambda unit: (-unit.tokens, -len(unit.questions[0].ids))):
             if batch and sum(len(u.questions) for u in (*batch, unit)) > self.batch:
                 yield batch
                 batch = []
@@ -186,29 +191,39 @@ class Engine:
             yield batch
 
     def _answer_batch(self, units: list[_Shown]) -> Iterator[Answer]:
-        """Run what the prompts share once, then all the questions as one batch."""
-        asked = [(unit, question) for unit in units for question in unit.questions]
+        """Run what the prompts share once, then the questions, in as few equal batches as they fit."""
+        asked = [(row, question) for row, unit in enumerate(units) for question in unit.questions]
+        prefix, start = self._prefix(units)
+        batches = -(-len(asked) // self.batch)
+        for part in (asked[number::batches] for number in range(batches)):
+            ids, mask = _pad([question.ids[start:] for _, question in part])
+            if prefix is None:
+                output = self.model.generate(ids, attention_mask=mask, **self.generation)
+            else:
+                # With one question an image the prefix itself is used up; a copy would double the memory.
+                own = prefix if len(asked) == len(units) else prefix.rows([row for row, _ in part])
+                output = self.model.generate_after(own, ids, mask, **self.generation)
+            for (row, question), answer in zip(part, output, strict=True):
+                unit = units[row]
+                kept = unit.packed.patches if unit.packed else 0
+                yield Answer(question.index, question.question, self._text(answer), kept, unit.total)
+
+    def _prefix(self, units: list[_Shown]) -> tuple[SharedPrefix | None, int]:
+        """Run the prompts of units up to and including their images; returns it and where the ids go on."""
         images = [unit.packed for unit in units if unit.packed is not None]
-        if images:
-            at = int((asked[0][1].ids == IMAGE_TOKEN_INDEX).nonzero())
-            system = self._system_prefix(asked[0][1].ids[:at])
-            slots = torch.full((len(units), 1), IMAGE_TOKEN_INDEX)
-            prefix = system.rows([0] * len(units), self.model).extend(self.model, slots, images)
-            prefix = prefix.rows([i for i, unit in enumerate(units) for _ in unit.questions], self.model)
-            rest = [question.ids[at + 1 :] for _, question in asked]
-            ids, mask = _pad(rest)
-            output = self.model.generate_after(prefix, ids, mask, **self.generation)
-        else:
-            ids, mask = _pad([question.ids for _, question in asked])
-            output = self.model.generate(ids, attention_mask=mask, **self.generation)
-        for (unit, question), row in zip(asked, output, strict=True):
-            kept = unit.packed.patches if unit.packed else 0
-            yield Answer(question.index, question.question, self._text(row), kept, unit.total)
+        if not images:
+            return None, 0
+        ids = units[0].questions[0].ids
+        at = int((ids == IMAGE_TOKEN_INDEX).nonzero())
+        system = self._system_prefix(ids[:at])
+        slots = torch.full((len(units), 1), IMAGE_TOKEN_INDEX)
+        return system.rows([0] * len(units)).extend(self.model, slots, images), at + 1
 
     def _system_prefix(self, ids: Tensor) -> SharedPrefix:
         """What every prompt of the run begins with, run once."""
         if self._system is None or not torch.equal(self._system[0], ids):
-            self._system = (ids, SharedPrefix.empty(self.model, 1).extend(self.model, ids[None]))
+            empty = SharedPrefix.empty(self.model, 1)
+            self._system = (ids, empty.extend(self.model, ids[None]) if len(ids) else empty)
         return self._system[1]
 
     def _text(self, ids: Tensor) -> str:

@@ -7,13 +7,13 @@ atomic rename when all are there. A part cut off within a line loses that line o
 import json
 import os
 from collections.abc import Iterator, Mapping
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
 
 from llava.constants import InputError
 
-_INDEX = "index"
 # What stands beside an answers file: how it was made, and how the run that finished it went.
 RECORD, SUMMARY = ".config.json", ".summary.json"
 
@@ -28,15 +28,13 @@ class Journal:
         self.record = file.with_name(file.name + RECORD)
         self._part: TextIO | None = None
 
-    def prepare(self, overwrite: bool = False) -> None:
-        """Make sure that the answers on disk, if any, were made by this configuration; one process does this.
+    def check(self) -> None:
+        """Make sure that the answers on disk, if any, were made by this configuration; nothing is touched.
 
         Raises:
-            InputError: they were not, or nobody knows; `overwrite` discards them instead.
+            InputError: they were not, or nobody knows.
         """
-        if overwrite:
-            self._discard()
-        found = self.file.exists() or self.parts.exists()
+        found = self.file.exists() or any(part.stat().st_size for part in self.parts.glob("*"))
         remedy = "give another --answers-file, or --overwrite to discard it"
         if found and not self.record.exists():
             raise InputError(f"{str(self.file)!r} exists, and how it was made is not recorded; {remedy}")
@@ -46,8 +44,15 @@ class Journal:
             if differing:
                 said = ", ".join(f"{key} {before.get(key)!r}, now {self.config.get(key)!r}" for key in differing)
                 raise InputError(f"{str(self.file)!r} was made with another configuration ({said}); {remedy}")
-        self.parts.mkdir(parents=True, exist_ok=True)
+
+    def prepare(self, overwrite: bool = False) -> None:
+        """Record the configuration; `overwrite` discards what is there. One process does this, before any writes."""
+        if overwrite:
+            self._discard()
+        # In this order: answers without a record are refused, a record without answers is not.
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         _replace(self.record, json.dumps(self.config, indent=2) + "\n")
+        self.parts.mkdir(exist_ok=True)
 
     def answered(self) -> set[int]:
         """Return the indices of the questions that have an answer on disk."""
@@ -57,7 +62,7 @@ class Journal:
         """Put the answer to a question on disk."""
         if self._part is None:
             self._part = (self.parts / f"{uuid4().hex}.jsonl").open("w", encoding="utf-8")
-        self._part.write(json.dumps({_INDEX: index, **row}) + "\n")
+        self._part.write(json.dumps([index, row]) + "\n")
         self._part.flush()
 
     def close(self) -> None:
@@ -67,13 +72,17 @@ class Journal:
             self._part = None
 
     def merge(self) -> int:
-        """Write the answers in question order and remove the parts; returns their number. One process does this."""
-        rows = dict(sorted(self._rows()))
-        _replace(self.file, "".join(json.dumps(row) + "\n" for row in rows.values()))
-        for part in self.parts.iterdir():
-            part.unlink()
-        self.parts.rmdir()
-        return len(rows)
+        """Write the answers to questions 0, 1, … up to the first without one; returns their number.
+
+        What stands behind such a gap, as after a run with a limit, stays in the parts; without a gap they are removed.
+        One process does this.
+        """
+        rows = dict(self._rows())
+        whole = [rows[index] for index in takewhile(rows.__contains__, count())]
+        _replace(self.file, "".join(json.dumps(row) + "\n" for row in whole))
+        if len(whole) == len(rows):
+            self._remove_parts()
+        return len(whole)
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Put the summary of a finished run beside the answers."""
@@ -84,16 +93,24 @@ class Journal:
         if self.file.exists():
             yield from enumerate(_whole_lines(self.file))
         for part in sorted(self.parts.glob("*.jsonl")) if self.parts.exists() else ():
-            for row in _whole_lines(part):
-                yield row.pop(_INDEX), row
+            yield from _whole_lines(part)
 
     def _discard(self) -> None:
         summary = self.file.with_name(self.file.name + SUMMARY)
-        for file in (self.file, self.record, summary, *self.parts.glob("*.jsonl")):
+        # The record goes last: what is left if this is cut short is still known.
+        for file in (self.file, summary):
             file.unlink(missing_ok=True)
+        self._remove_parts()
+        self.record.unlink(missing_ok=True)
+
+    def _remove_parts(self) -> None:
+        if self.parts.exists():
+            for part in self.parts.iterdir():
+                part.unlink()
+            self.parts.rmdir()
 
 
-def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
+def _whole_lines(file: Path) -> Iterator[Any]:
     """Parse the lines that end; what follows the last line end was cut off while being written."""
     with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
         for line in lines:
@@ -102,8 +119,8 @@ def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    draft = file.with_name(f"{file.name}.{uuid4().hex}.draft")
+    """Write a file so that it is there whole or not at all; one process at a time does this."""
+    draft = file.with_name(f"{file.name}.draft")
     with draft.open("w", encoding="utf-8") as out:
         out.write(text)
         out.flush()

@@ -1,10 +1,10 @@
 """Pictures of a question file: found safely, decoded and preprocessed in worker processes that keep ahead."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,20 @@ from torch.utils.data import DataLoader, Dataset
 from llava.constants import InputError
 from llava.eval.benchmarks.base import Question
 from llava.mm_utils import load_image, load_image_from_base64, process_images, to_rgb
+
+# Below this many pictures worker processes cost more time to start than they save.
+WORTHWHILE, WORKERS = 100, 4
+
+
+class Source(NamedTuple):
+    """Where the picture of a group of questions comes from."""
+
+    group: int
+    """Which group it is."""
+    image: str | None = None
+    """File, relative to the image folder; None and no data: there is no picture."""
+    data: str | None = None
+    """The picture itself in base64."""
 
 
 @dataclass(frozen=True)
@@ -35,66 +49,57 @@ def check_paths(questions: Iterable[Question], folder: Path) -> None:
         InputError: one does, by an absolute path, by `..`, or through a link.
     """
     root = folder.resolve()
-    for question in questions:
-        if question.image is None or question.data is not None:
-            continue
-        if not (root / question.image).resolve().is_relative_to(root):
+    named = {question.image: question for question in questions if question.image is not None and question.data is None}
+    for image, question in named.items():
+        if not _lies_within(root, image):
             raise InputError(
                 f"question {question.id!r} names a picture outside the image folder: {question.image!r}; "
                 "move it in, or pass --allow-outside if you trust the question file"
             )
 
 
-class Pictures(Dataset[Picture]):
-    """Loads the picture of every group of questions; what cannot be read comes back as an error, never raises."""
+def _lies_within(root: Path, image: str | None) -> bool:
+    try:
+        return (root / str(image)).resolve().is_relative_to(root)
+    except (OSError, RuntimeError, ValueError):  # links in a circle, a NUL in the name: nothing that could be read
+        return True
 
-    def __init__(self, questions: Sequence[Question], folder: Path, processor: Any, config: Any) -> None:
-        """Name the pictures by one question of every group; `config` is the model's."""
-        self.questions, self.folder, self.processor = questions, folder, processor
-        # Worker processes get a copy of this object: two values, not the model's whole config.
+
+class Pictures(Dataset[Picture]):
+    """Loads pictures by their source; one that cannot be read comes back as an error, nothing raises."""
+
+    def __init__(self, folder: Path, processor: Any, config: Any) -> None:
+        """Load pictures of a folder for a model; `config` is the model's."""
+        self.folder, self.processor = folder, processor
+        # Worker processes get a copy of this object: two values of the config, and no question.
         self.config = SimpleNamespace(
             image_aspect_ratio=config.image_aspect_ratio, image_grid_pinpoints=config.image_grid_pinpoints
         )
 
-    def __len__(self) -> int:
-        """Number of groups."""
-        return len(self.questions)
-
-    def __getitem__(self, group: int) -> Picture:
-        """Load the picture of a group."""
-        question = self.questions[group]
-        if question.image is None and question.data is None:
+    def __getitem__(self, source: Source) -> Picture:
+        """Load a picture."""
+        group, name, data = source
+        if name is None and data is None:
             return Picture(group)
         try:
-            if question.data is not None:
-                image = to_rgb(load_image_from_base64(question.data))
-            else:
-                image = load_image(self.folder / str(question.image))
-        except (InputError, OSError, ValueError) as error:
-            return Picture(group, error=f"{question.image}: {error}")
-        views = process_images([image], self.processor, self.config)[0]
-        return Picture(group, views, image.size)
+            image = load_image(self.folder / str(name)) if data is None else to_rgb(load_image_from_base64(data))
+            return Picture(group, process_images([image], self.processor, self.config)[0], image.size)
+        except Exception as error:  # decoders raise all kinds on damaged pictures, and one may be too odd to resize
+            return Picture(group, error=" ".join(f"{name}: {error}".split()))
 
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def stream(pictures: Pictures, groups: Iterable[int], workers: int) -> Iterator[Picture]:
-    """Load the pictures of the given groups in order, `workers` processes ahead of the consumer (0: none)."""
+def stream(pictures: Pictures, sources: Iterable[Source], workers: int) -> Iterator[Picture]:
+    """Load pictures in order, `workers` processes ahead of the consumer (0: none); sources are drawn as needed."""
     ahead: dict[str, Any] = {}
     if workers:
         # Started afresh, as a forked copy of a process with threads and a GPU may hang.
-        ahead = {"multiprocessing_context": "spawn", "prefetch_factor": 4, "worker_init_fn": _one_thread}
-    sampler: Any = _Lazy(groups)
-    yield from DataLoader(pictures, batch_size=None, sampler=sampler, num_workers=workers, **ahead)
-
-
-class _Lazy:
-    """A sampler that draws the next group only when a worker is free for it."""
-
-    def __init__(self, groups: Iterable[int]) -> None:
-        self.groups = groups
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.groups)
+        ahead = {"multiprocessing_context": "spawn", "worker_init_fn": _one_thread}
+    sampler: Any = sources
+    for picture in DataLoader(pictures, batch_size=None, sampler=sampler, num_workers=workers, **ahead):
+        # What a worker made lies in shared memory, which containers have little of.
+        own = picture.views.clone() if workers and picture.views is not None else picture.views
+        yield replace(picture, views=own)

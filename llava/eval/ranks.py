@@ -1,13 +1,17 @@
 """The processes of one run, started by torchrun or accelerate: who am I, what is next, are we done."""
 
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from types import TracebackType
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from llava.constants import InputError
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -23,6 +27,7 @@ class Ranks:
             InputError: there are fewer or more.
         """
         self.rank, self.world, self.local = 0, 1, 0
+        self._counts: Counter[str] = Counter()
         if dist.is_torchelastic_launched():
             # One rank may wait long for another's last image.
             dist.init_process_group("gloo", timeout=timedelta(days=7))
@@ -36,17 +41,29 @@ class Ranks:
 
     @property
     def device(self) -> str:
-        """Device of this process."""
-        return f"cuda:{self.local}" if torch.cuda.is_available() else "cpu"
+        """Device of this process; one that is alone may spread a large model over all."""
+        if not torch.cuda.is_available():
+            return "cpu"
+        return "cuda" if self.world == 1 else f"cuda:{self.local}"
 
     def claim(self, items: int, chunk: int) -> Iterator[int]:
         """Draw from a queue all processes share, `chunk` at a time, so that all stay busy to the end."""
-        if self.world == 1:
-            yield from range(items)
-            return
-        store = dist.distributed_c10d._get_default_store()
-        while (start := (store.add("next", 1) - 1) * chunk) < items:
+        while (start := (self.count("next", 1) - 1) * chunk) < items:
             yield from range(start, min(start + chunk, items))
+
+    def count(self, what: str, number: int) -> int:
+        """Add to a counter that all processes share; returns where it stands."""
+        if self.world == 1:
+            self._counts[what] += number
+            return self._counts[what]
+        return int(dist.distributed_c10d._get_default_store().add(what, number))
+
+    def share(self, value: T | None) -> T:
+        """Return what the first process gives, to all of them."""
+        held = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(held, src=0)
+        return cast(T, held[0])
 
     def wait(self) -> None:
         """Wait for the others."""

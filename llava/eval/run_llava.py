@@ -21,7 +21,7 @@ from llava.constants import (
     IMAGE_PLACEHOLDER,
     InputError,
 )
-from llava.conversation import conv_templates, template_name
+from llava.conversation import check_template, conv_templates, template_name
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.utils import (
     OneLineParser,
@@ -51,10 +51,8 @@ def build_prompt(query: str, images: int, config: Any, conv_mode: str | None = N
     text = query.replace(IMAGE_PLACEHOLDER, token)
     if DEFAULT_IMAGE_TOKEN not in text:
         text = f"{token}\n" * images + text
-    mode = conv_mode or template_name(config)
-    if mode not in conv_templates:
-        raise InputError(f"unknown conversation template {mode!r}; choose from {', '.join(sorted(conv_templates))}")
-    conversation = conv_templates[mode].copy()
+    check_template(conv_mode)
+    conversation = conv_templates[conv_mode or template_name(config)].copy()
     conversation.append_message(conversation.roles[0], text)
     conversation.append_message(conversation.roles[1], None)
     return conversation.get_prompt()

@@ -6,6 +6,7 @@ compares with a second answers file question by question; `--export` writes what
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmark = get(args.benchmark)
     data = args.data or DATA / benchmark.folder
     summary = report(benchmark, args.answers_file, data, args.against)
+    if not args.json:
+        print(as_text(summary), flush=True)  # the score stands, whatever becomes of the export
     if args.export is not None:
         args.export.mkdir(parents=True, exist_ok=True)
         files = benchmark.export(read_jsonl(args.answers_file), data, args.export)
         summary["exported"] = [str(file) for file in files]
-    print(json.dumps(summary, ensure_ascii=False) if args.json else as_text(summary))
-    for file in [] if args.json else summary.get("exported", []):
-        print(f"wrote {file}")
+    if args.json:
+        print(json.dumps(summary, ensure_ascii=False))
+    else:
+        sys.stdout.write("".join(f"wrote {file}\n" for file in summary.get("exported", [])))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,10 @@ class Benchmark:
     """Files a local score needs, relative to the folder."""
     source: ClassVar[str]
     """Where the data officially come from, for people."""
+    contents: ClassVar[Mapping[str, str]]
+    """What a run and its score need, relative to the folder -> what it must contain, for people."""
+    optional: ClassVar[Mapping[str, str]] = {}
+    """Likewise, what only another split's score or a submission needs."""
     max_new_tokens: ClassVar[int] = 128
 
     def questions(self, file: Path, **options: Any) -> Iterator[Question]:
@@ -96,6 +100,15 @@ class Benchmark:
         """Return the files and folders under `data` that a run needs and does not find."""
         wanted = [data / self.question_file, data / self.image_folder]
         return [path for path in wanted if not path.exists()]
+
+    def lacking(self, data: Path) -> list[str]:
+        """Return the names in `contents` of what is not under `data`, or is an empty folder there."""
+        return [name for name in self.contents if not filled(data / name)]
+
+
+def filled(path: Path) -> bool:
+    """Whether there is a file, or a folder with something inside."""
+    return path.is_file() or (path.is_dir() and next(path.iterdir(), None) is not None)
 
 
 def read_jsonl(file: Path) -> list[Row]:

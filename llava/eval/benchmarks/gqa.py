@@ -48,6 +48,11 @@ class GQA(JsonlBenchmark):
     image_folder = "data/images"
     labels = ("data/testdev_balanced_questions.json",)
     source = "eval.zip of LLaVA (questions) and cs.stanford.edu/people/dorarad/gqa/download.html (pictures, labels)"
+    contents = {
+        question_file: "12578 questions",
+        image_folder: "GQA's pictures",
+        "data/testdev_balanced_questions.json": "answers, out of questions1.2.zip",
+    }
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:
         """Compare with the label letter by letter; also apart for binary and open questions and structural types.
@@ -75,10 +80,7 @@ class GQA(JsonlBenchmark):
 
     def _labels(self, data: Path) -> dict[str, Label]:
         """Read the balanced questions' labels, from `data/` or the folder of GQA's archive inside it."""
-        file = data / self.labels[0]
-        inside = file.parent / "questions1.2" / file.name
-        if not file.exists() and inside.exists():
-            file = inside
+        file = self._label_file(data)
         with official(file, self.source):
             questions: Mapping[str, Any] = read_json(file)
             balanced = {key: entry for key, entry in questions.items() if entry.get("isBalanced", True)}
@@ -86,6 +88,15 @@ class GQA(JsonlBenchmark):
         if not labels:
             raise InputError(f"{str(file)!r} holds no balanced questions; get it from {self.source}")
         return labels
+
+    def _label_file(self, data: Path) -> Path:
+        file = data / self.labels[0]
+        inside = file.parent / "questions1.2" / file.name
+        return inside if inside.exists() and not file.exists() else file
+
+    def lacking(self, data: Path) -> list[str]:
+        """Return what is not there; the labels may be in the folder of GQA's archive."""
+        return [name for name in super().lacking(data) if name != self.labels[0] or not self._label_file(data).exists()]
 
     def export(self, rows: Sequence[Row], data: Path, output: Path) -> list[Path]:
         """Write the predictions file of GQA's own script."""

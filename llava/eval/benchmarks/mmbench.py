@@ -10,4 +10,5 @@ class MMBench(MMBenchBase):
     folder = "mmbench"
     question_file = "mmbench_dev_20230712.tsv"
     labels = (question_file,)
+    contents = {question_file: "4377 questions with pictures and answers"}
     source = "download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_dev_20230712.tsv"

@@ -86,6 +86,10 @@ class MME(JsonlBenchmark):
     source = (
         "eval.zip of LLaVA (questions) and github.com/BradyFU/Awesome-Multimodal-Large-Language-Models (on request)"
     )
+    contents = {
+        question_file: "2374 questions",
+        image_folder: "a folder for each of the 14 categories, with pictures and <picture>.txt labels",
+    }
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:
         """Return acc, acc+ and their sum of each category, and the sums over perception, cognition and all."""

@@ -21,6 +21,7 @@ class MMVet(JsonlBenchmark):
     question_file = "llava-mm-vet.jsonl"
     image_folder = "images"
     source = "eval.zip of LLaVA (questions) and github.com/yuweihao/MM-Vet, mm-vet.zip (pictures)"
+    contents = {question_file: "218 questions", image_folder: "200 pictures"}
     max_new_tokens = 1024
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:

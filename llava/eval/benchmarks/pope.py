@@ -140,6 +140,11 @@ class POPE(JsonlBenchmark):
     source = (
         f"eval.zip of LLaVA (questions), cocodataset.org (val2014) and github.com/AoiDragon/POPE at {REVISION} (labels)"
     )
+    contents = {
+        question_file: "8910 questions",
+        image_folder: "COCO val2014 pictures",
+        **dict.fromkeys(labels, f"labels as of POPE commit {REVISION}"),
+    }
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:
         """Return F1, accuracy, precision, recall and share of yes of each category, and the mean F1, all ×100."""

@@ -90,6 +90,12 @@ class ScienceQA(Benchmark):
     image_folder = "images/test"
     labels = ("problems.json", "pid_splits.json")
     source = "eval.zip of LLaVA (questions) and github.com/lupantech/ScienceQA (problems, splits, images/test)"
+    contents = {
+        question_file: "4241 questions, 2017 with a picture",
+        image_folder: "a folder with image.png for each of them",
+        "problems.json": "all problems with their answers",
+        "pid_splits.json": "which problems are in the test split",
+    }
     max_new_tokens = 1024
 
     def questions(self, file: Path, **options: Any) -> Iterator[Question]:

@@ -53,6 +53,11 @@ class TextVQA(JsonlBenchmark):
     image_folder = "train_images"
     labels = ("TextVQA_0.5.1_val.json",)
     source = "eval.zip of LLaVA (questions) and textvqa.org/dataset (train_val_images.zip, TextVQA_0.5.1_val.json)"
+    contents = {
+        question_file: "5000 questions with OCR tokens",
+        image_folder: "OpenImages pictures, those of val among them",
+        "TextVQA_0.5.1_val.json": "ten answers to each question",
+    }
 
     def questions(self, file: Path, **options: Any) -> Iterator[Question]:
         """Read the question file; `ocr=False` drops its line of OCR tokens."""

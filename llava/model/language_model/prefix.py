@@ -1,6 +1,7 @@
 """KV cache of what several prompts begin with, so that it is computed once."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +33,12 @@ class SharedPrefix:
         mask = torch.zeros(rows, 0, dtype=torch.long, device=model.device)
         return cls(DynamicCache(config=model.config), mask, [0] * rows)
 
-    def rows(self, indices: Sequence[int], model: Any) -> "SharedPrefix":
+    def rows(self, indices: Sequence[int]) -> "SharedPrefix":
         """Copy the given rows, each as often as it is named; the original stays as it is."""
         chosen = torch.tensor(indices, device=self.mask.device)
-        cache = DynamicCache(config=model.config)
-        for number, layer in enumerate(self.cache.layers):
-            if self.mask.shape[1]:
-                cache.update(layer.keys[chosen], layer.values[chosen], number)
+        cache = copy(self.cache)
+        cache.layers = [copy(layer) for layer in self.cache.layers]
+        cache.batch_select_indices(chosen)  # new tensors; layers only ever replace theirs
         return SharedPrefix(cache, self.mask[chosen], [self.lengths[i] for i in indices])
 
     @torch.no_grad()

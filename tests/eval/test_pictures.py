@@ -1,0 +1,164 @@
+"""Pictures: the same from worker processes, unreadable ones as errors, none from outside the folder."""
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from llava.constants import InputError
+from llava.eval.benchmarks.base import Question
+from llava.eval.pictures import Pictures, Source, check_paths, stream
+from llava.mm_utils import process_images
+from tests.conftest import picture
+
+SIZES = [(300, 200), (90, 60), (60, 200), (84, 84)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four good pictures and damaged ones, beside a secret outside."""
+    images = tmp_path / "images"
+    (images / "sub").mkdir(parents=True)
+    for number, size in enumerate(SIZES):
+        picture(*size).save(images / f"{number}.png")
+    whole = (images / "0.png").read_bytes()
+    (images / "empty.png").write_bytes(b"")
+    (images / "half.png").write_bytes(whole[: len(whole) // 2])
+    (images / "text.png").write_bytes(b"not a picture\n" * 99)
+    picture(90, 60).save(tmp_path / "secret.png")
+    return images
+
+
+@pytest.fixture
+def pictures(folder, loaded):
+    return Pictures(folder, loaded().processor, loaded().model.config)
+
+
+def b64(image: Image.Image, form: str = "PNG") -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_a_picture_is_what_the_model_takes(pictures, loaded, folder):
+    for number, size in enumerate(SIZES):
+        found = pictures[Source(number, f"{number}.png")]
+        wanted = process_images([Image.open(folder / f"{number}.png")], loaded().processor, loaded().model.config)
+        assert (found.group, found.size, found.error) == (number, size, None)
+        assert torch.equal(found.views, wanted[0])
+
+
+def test_a_picture_in_base64(pictures):
+    image = picture(90, 60)
+    assert torch.equal(pictures[Source(0, "name.jpg", b64(image))].views, pictures[Source(0, "1.png")].views)
+
+
+def test_no_picture_is_no_error(pictures):
+    found = pictures[Source(7)]
+    assert (found.group, found.views, found.error) == (7, None, None)
+
+
+BOMB = "iVBORw0KGgoAAAANSUhEUgAATiAAAE4gCAIAAAA="
+
+
+@pytest.mark.parametrize("name", ["empty.png", "half.png", "text.png", "nosuch.png", "sub", "", "nul\0.png", "x" * 300])
+def test_an_unreadable_file_is_an_error_of_one_line_that_names_it(pictures, name):
+    found = pictures[Source(3, name)]
+    assert (found.group, found.views) == (3, None)
+    assert found.error.startswith(name or ":")
+    assert "\n" not in found.error
+
+
+@pytest.mark.parametrize("data", ["", "====", "no base64!", base64.b64encode(b"no picture").decode(), BOMB, "é"])
+def test_unreadable_base64_is_an_error_too(pictures, data):
+    found = pictures[Source(3, "table-row.jpg", data)]
+    assert found.views is None
+    assert found.error.startswith("table-row.jpg: ")
+    assert "\n" not in found.error
+
+
+def test_a_picture_too_odd_to_resize_is_an_error(pictures, monkeypatch):
+    def fail(*_: object) -> None:
+        raise MemoryError("too\nlarge")
+
+    monkeypatch.setattr("llava.eval.pictures.process_images", fail)
+    assert pictures[Source(0, "0.png")].error == "0.png: too large"
+
+
+def test_workers_started_afresh_give_the_same_in_order(pictures):
+    names = ["2.png", "nosuch.png", None, "0.png", "half.png", "1.png", "3.png", "0.png"]
+    sources = [Source(group, name) for group, name in enumerate(names)]
+    alone, helped = (list(stream(pictures, sources, workers)) for workers in (0, 2))
+    assert [found.group for found in helped] == list(range(len(names)))
+    for one, other in zip(alone, helped, strict=True):
+        assert (one.size, one.error) == (other.size, other.error)
+        assert (one.views is None) == (other.views is None)
+        assert one.views is None or torch.equal(one.views, other.views)
+        assert other.views is None or not other.views.is_shared()
+
+
+def test_sources_are_drawn_as_they_are_needed(pictures):
+    drawn = []
+
+    def sources() -> Iterator[Source]:
+        for group in range(1000):
+            drawn.append(group)
+            yield Source(group)
+
+    for workers, ahead in ((0, 1), (1, 3)):
+        drawn.clear()
+        found = stream(pictures, sources(), workers)
+        assert next(found).group == 0
+        assert len(drawn) <= 1 + ahead
+        found.close()
+
+
+def ask(image: str | None, data: str | None = None) -> Question:
+    return Question(id=5, text="what?", image=image, data=data)
+
+
+def test_inside_the_folder_is_fine(folder, tmp_path):
+    (folder / "sub" / "link.png").symlink_to("../0.png")
+    (tmp_path / "elsewhere").symlink_to(folder)
+    inside = ["0.png", "sub/../0.png", "nosuch.png", "sub/link.png", "./1.png", str(folder / "2.png"), "..png", ""]
+    questions = [*map(ask, inside), ask(None), ask("../../named.jpg", "data"), ask("nul\0.png")]
+    check_paths(questions, folder)
+    check_paths(questions, tmp_path / "elsewhere")
+
+
+OUTSIDE = [
+    "../secret.png",
+    "/etc/passwd",
+    "sub/../../secret.png",
+    "../images2/0.png",
+    "link.png",
+    "far/secret.png",
+    "..",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_outside_the_folder_is_refused_whether_it_exists_or_not(folder, tmp_path, name):
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "far").symlink_to(tmp_path)
+    with pytest.raises(InputError, match=r"question 5 .*--allow-outside") as caught:
+        check_paths([ask("0.png"), ask(name)], folder)
+    assert repr(name) in str(caught.value)
+
+
+def test_links_in_a_circle_are_unreadable_not_outside(folder, pictures):
+    (folder / "round.png").symlink_to("about.png")
+    (folder / "about.png").symlink_to("round.png")
+    check_paths([ask("round.png")], folder)
+    assert pictures[Source(0, "round.png")].error
+
+
+def test_a_relative_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    check_paths([ask("0.png")], Path("images"))
+    with pytest.raises(InputError):
+        check_paths([ask("../secret.png")], Path("images"))

@@ -1,0 +1,71 @@
+"""Processes of one run: every item is drawn once, and a run with too few or too many says so."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava.constants import InputError
+from llava.eval.ranks import Ranks
+
+DRAW = """
+import json, random, sys, time
+from pathlib import Path
+from llava.eval.ranks import Ranks
+with Ranks(int(sys.argv[2])) as ranks:
+    todo = ranks.share([3, 1, 2] if ranks.rank == 0 else None)
+    mine = []
+    for item in ranks.claim(100, 7):
+        mine.append(item)
+        time.sleep(random.random() / 200 * (1 + 9 * ranks.rank))
+    ranks.count("drawn", len(mine))
+    ranks.wait()
+    found = {"mine": mine, "todo": todo, "all": ranks.count("drawn", 0), "device": ranks.device}
+    (Path(sys.argv[1]) / f"{ranks.rank}.json").write_text(json.dumps(found))
+"""
+
+
+def launch(folder: Path, processes: int, wanted: int) -> subprocess.CompletedProcess[str]:
+    script = folder / "draw.py"
+    script.write_text(DRAW)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*launcher, str(script), str(folder), str(wanted)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_three_processes_draw_every_item_once_and_stay_busy(tmp_path):
+    import json
+
+    done = launch(tmp_path, 3, 3)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert sorted(item for one in found for item in one["mine"]) == list(range(100))
+    assert all(one["mine"] == sorted(one["mine"]) for one in found)
+    assert len(found[0]["mine"]) > len(found[2]["mine"]), "the slow one draws less"
+    assert [one["all"] for one in found] == [100] * 3
+    assert [one["todo"] for one in found] == [[3, 1, 2]] * 3
+
+
+def test_another_number_than_asked_is_said(tmp_path):
+    done = launch(tmp_path, 2, 3)
+    assert done.returncode != 0
+    assert "3 processes were asked for, but 2 started" in done.stderr
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_alone():
+    with Ranks() as ranks:
+        assert (ranks.rank, ranks.world) == (0, 1)
+        assert list(ranks.claim(5, 2)) == [0, 1, 2, 3, 4]
+        assert list(ranks.claim(0, 2)) == []
+        assert [ranks.count("a", 2), ranks.count("b", 1), ranks.count("a", 3)] == [2, 1, 5]
+        assert ranks.share("x") == "x"
+        ranks.wait()
+
+
+@pytest.mark.parametrize("wanted", [0, 2])
+def test_alone_where_others_were_asked_for(wanted):
+    with pytest.raises(InputError, match=f"{wanted} processes were asked for, but 1 started"):
+        Ranks(wanted)
+    assert Ranks(1).world == 1
