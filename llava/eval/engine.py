@@ -120,12 +120,9 @@ class Engine:
         """Part questions that can be asked from those that cannot."""
         usable, failures = [], []
         for asked in questions:
-            slots = int((asked.ids == IMAGE_TOKEN_INDEX).sum())
             error = picture.error
             if any(token in asked.question.text for token in (DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)):
-                error = f"the question itself contains {DEFAULT_IMAGE_TOKEN}"
-            elif error is None and slots != (picture.views is not None):
-                error = f"the question has {slots} <image> for {int(picture.views is not None)} picture(s)"
+                error = f"the question itself contains {DEFAULT_IMAGE_TOKEN}, which would be read as a picture"
             if error is None:
                 usable.append(asked)
             else:
@@ -162,7 +159,7 @@ class Engine:
                     self._images([p for p, _ in part]), [p.size for p, _ in part], trace
                 )
             totals = [image.plan.patches for image in trace.images]
-            shown += [_Shown(*seen, *made) for seen, made in zip(part, zip(packed, totals, strict=True), strict=True)]
+            shown += [_Shown(p, q, made, n) for (p, q), made, n in zip(part, packed, totals, strict=True)]
         for unit in shown:
             for asked in self._take_too_long(unit):
                 yield from self._alone(unit.picture, asked)
