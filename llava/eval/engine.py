@@ -180,7 +180,8 @@ class Engine:
         """Put units of like length together, up to the batch size; one that has more questions stands alone."""
         batch: list[_Shown] = []
         for unit in sorted(units, key=lambda unit: (-unit.tokens, -len(unit.questions[0].ids))):
-            if batch and sum(len(u.questions) for u in (*batch, unit)) > self.batch:
+            together = [*batch, unit]
+            if batch and len(together) * max(len(u.questions) for u in together) > self.batch:
                 yield batch
                 batch = []
             batch.append(unit)
@@ -189,21 +190,23 @@ class Engine:
 
     def _answer_batch(self, units: list[_Shown]) -> Iterator[Answer]:
         """Run what the prompts share once, then the questions, in as few equal batches as they fit."""
-        asked = [(row, question) for row, unit in enumerate(units) for question in unit.questions]
         prefix, start = self._prefix(units)
-        batches = -(-len(asked) // self.batch)
-        for part in (asked[number::batches] for number in range(batches)):
-            ids, mask = _pad([question.ids[start:] for _, question in part])
+        most = max(len(unit.questions) for unit in units)
+        batches = -(-len(units) * most // self.batch)
+        for number in range(batches):
+            parts = [unit.questions[number::batches] for unit in units]
+            rows = max(map(len, parts))
+            # Every image has as many rows; an image with fewer questions repeats one, whose answer is dropped.
+            filled = [question for part in parts for question in (part + part[:1] * rows)[:rows]]
+            ids, mask = _pad([question.ids[start:] for question in filled])
             if prefix is None:
                 output = self.model.generate(ids, attention_mask=mask, **self.generation)
             else:
-                # With one question an image the prefix itself is used up; a copy would double the memory.
-                own = prefix if len(asked) == len(units) else prefix.rows([row for row, _ in part])
-                output = self.model.generate_after(own, ids, mask, **self.generation)
-            for (row, question), answer in zip(part, output, strict=True):
-                unit = units[row]
+                output = self.model.generate_after(prefix, ids, mask, **self.generation)
+            for row, (unit, part) in enumerate(zip(units, parts, strict=True)):
                 kept = unit.packed.patches if unit.packed else 0
-                yield Answer(question.index, question.question, self._text(answer), kept, unit.total)
+                for question, answer in zip(part, output[row * rows :], strict=False):
+                    yield Answer(question.index, question.question, self._text(answer), kept, unit.total)
 
     def _prefix(self, units: list[_Shown]) -> tuple[SharedPrefix | None, int]:
         """Run the prompts of units up to and including their images; returns it and where the ids go on."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llava.compress.trace import GenerationClock, Trace
+from llava.model.language_model.branches import Branches, branching
 from llava.model.language_model.prefix import SharedPrefix
 from llava.model.llava_arch import LlavaMetaForCausalLM
 
@@ -40,6 +41,9 @@ class ImageGeneration(LlavaMetaForCausalLM):
                     input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
                 )
             )
+        if isinstance(past_key_values, Branches):
+            tokens = input_ids if inputs_embeds is None else inputs_embeds
+            attention_mask = past_key_values.visible(attention_mask, tokens)
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -102,23 +106,27 @@ class ImageGeneration(LlavaMetaForCausalLM):
     def generate_after(
         self, prefix: SharedPrefix, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """Answer prompts `[B, L]` of text that continue what `prefix` holds (which is used up); new tokens only.
+        """Answer prompts `[U·R, L]` of text that continue what `prefix` holds, R prompts each; new tokens only.
 
         Args:
-            prefix: B beginnings, images included.
-            input_ids: the rest of every prompt, padded on either side, if `attention_mask` says where.
-            attention_mask: `[B, L]`; None: every id is a token.
-            **kwargs: for transformers' `generate`.
+            prefix: U beginnings, images included; it stays as it is.
+            input_ids: the rest of every prompt, padded on either side, if `attention_mask` says where; prompt r of
+                beginning u is row u·R + r.
+            attention_mask: `[U·R, L]`; None: every id is a token.
+            **kwargs: for transformers' `generate`; beams are not possible.
         """
         rest = self.splice_images(input_ids, attention_mask, padding_side="left")
+        rows = len(input_ids) // len(prefix.mask)
+        mask = prefix.mask.repeat_interleave(rows, 0)
         # transformers wants the whole sequence and takes its cached part from the cache, whatever stands there.
-        cached = rest.inputs_embeds.new_zeros(len(prefix.mask), prefix.mask.shape[1], rest.inputs_embeds.shape[2])
-        return self._continue(
-            inputs_embeds=torch.cat((cached, rest.inputs_embeds), 1),
-            attention_mask=torch.cat((prefix.mask, rest.attention_mask), 1),
-            past_key_values=prefix.cache,
-            **kwargs,
-        )
+        cached = rest.inputs_embeds.new_zeros(*mask.shape, rest.inputs_embeds.shape[2])
+        with branching(self.config):
+            return self._continue(
+                inputs_embeds=torch.cat((cached, rest.inputs_embeds), 1),
+                attention_mask=torch.cat((mask, rest.attention_mask), 1),
+                past_key_values=Branches(prefix.cache, rows),
+                **kwargs,
+            )
 
     def _continue(self, **kwargs: Any) -> Any:
         """Call transformers' `generate` on embeddings."""
