@@ -37,24 +37,28 @@ class OneLineParser(argparse.ArgumentParser):
 
 def add_generation_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """Add the options of generation."""
-    parser.add_argument("--temperature", type=_number(0, 100), default=0.0, help="0 (default): greedy")
-    parser.add_argument("--top-p", type=_number(0, 1), help="with a temperature: nucleus sampling")
-    parser.add_argument("--num-beams", type=positive, default=1)
-    parser.add_argument("--max-new-tokens", type=positive, default=max_new_tokens)
+    parser.add_argument("--temperature", type=_between(0, 100), default=0.0, help="0 (default): greedy")
+    parser.add_argument("--top-p", type=_between(0, 1), help="with a temperature: nucleus sampling")
+    parser.add_argument("--num-beams", type=at_least(1), default=1)
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=max_new_tokens)
 
 
-def positive(text: str) -> int:
-    """Parse an integer of at least 1; for argparse."""
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
+def at_least(low: int) -> Callable[[str], int]:
+    """Return argparse's parser of an integer with a lower bound."""
+
+    def integer(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
+        return int(text)
+
+    return integer
 
 
-def _number(low: float, high: float) -> Callable[[str], float]:
+def _between(low: float, high: float) -> Callable[[str], float]:
     def number(text: str) -> float:
-        if not low <= (value := float(text)) <= high:
-            raise ValueError
-        return value
+        if not low <= float(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be in [{low}, {high}], got {text}")
+        return float(text)
 
     return number
 

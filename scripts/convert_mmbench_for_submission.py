@@ -18,13 +18,9 @@ from llava.utils import OneLineParser, run_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = OneLineParser(prog="convert_mmbench_for_submission.py", description=(__doc__ or "").split(":")[0])
-    parser.add_argument(
-        "--annotation-file", "--annotation_file", type=Path, required=True, help="the table of questions"
-    )
-    parser.add_argument("--result-dir", "--result_dir", type=Path, required=True, help="folder of the answers")
-    parser.add_argument(
-        "--upload-dir", "--upload_dir", type=Path, required=True, help="folder of the submission, written"
-    )
+    parser.add_argument("--annotation-file", type=Path, required=True, help="the table of questions")
+    parser.add_argument("--result-dir", type=Path, required=True, help="folder of the answers")
+    parser.add_argument("--upload-dir", type=Path, required=True, help="folder of the submission, written")
     parser.add_argument("--experiment", required=True, help="name of the run")
     args = parser.parse_args(argv)
     rows = read_jsonl(args.result_dir / f"{args.experiment}.jsonl")

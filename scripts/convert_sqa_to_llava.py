@@ -76,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = OneLineParser(prog="convert_sqa_to_llava.py", description=(__doc__ or "").split(":")[0])
     parser.add_argument("task", nargs="?", choices=["convert_to_llava"], default="convert_to_llava")
-    parser.add_argument("--base-dir", "--base_dir", type=Path, required=True, help="ScienceQA's folder")
+    parser.add_argument("--base-dir", type=Path, required=True, help="ScienceQA's folder")
     parser.add_argument("--split", required=True, help="train, val, minival, test or minitest")
-    parser.add_argument("--prompt-format", "--prompt_format", default="QCM-LEA")
+    parser.add_argument("--prompt-format", default="QCM-LEA")
     args = parser.parse_args(argv)
     convert_to_llava(args.base_dir, args.split, args.prompt_format)
 

@@ -14,13 +14,9 @@ from llava.utils import OneLineParser, run_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = OneLineParser(prog="convert_vizwiz_for_submission.py", description=(__doc__ or "").split(":")[0])
-    parser.add_argument(
-        "--annotation-file", "--annotation_file", type=Path, required=True, help="the question file, llava_test.jsonl"
-    )
-    parser.add_argument("--result-file", "--result_file", type=Path, required=True, help="answers")
-    parser.add_argument(
-        "--result-upload-file", "--result_upload_file", type=Path, required=True, help="submission, written"
-    )
+    parser.add_argument("--annotation-file", type=Path, required=True, help="the question file, llava_test.jsonl")
+    parser.add_argument("--result-file", type=Path, required=True, help="answers")
+    parser.add_argument("--result-upload-file", type=Path, required=True, help="submission, written")
     args = parser.parse_args(argv)
     export_test(read_jsonl(args.result_file), args.annotation_file, args.result_upload_file)
 

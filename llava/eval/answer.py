@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,15 @@ from llava.eval.pictures import WORKERS, WORTHWHILE, Picture, Pictures, Source, 
 from llava.eval.ranks import Ranks
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import choose_method, load_pretrained_model, read_config
-from llava.utils import OneLineParser, add_method_arguments, add_model_arguments, load_options, run_command
+from llava.utils import (
+    OneLineParser,
+    add_generation_arguments,
+    add_method_arguments,
+    add_model_arguments,
+    at_least,
+    load_options,
+    run_command,
+)
 
 # Images a process draws at once from the queue it shares with the others.
 CHUNK = 8
@@ -246,17 +254,6 @@ def _errors(file: Path) -> list[str]:
     return [f"{error} (question {number!r})" for error, number in failed if error]
 
 
-def _at_least(low: int) -> Callable[[str], int]:
-    """Return the parser of an integer option."""
-
-    def integer(text: str) -> int:
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
-        return int(text)
-
-    return integer
-
-
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a run; both spellings of upstream's flags."""
     add_model_arguments(parser)
@@ -265,23 +262,21 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--answers-file", required=True)
     parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
-    parser.add_argument("--num-chunks", type=_at_least(1), default=1)
-    parser.add_argument("--chunk-idx", type=_at_least(0), default=0)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default; upstream's is 0.2)")
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--num-beams", type=_at_least(1), default=1)
+    parser.add_argument("--num-chunks", type=at_least(1), default=1)
+    parser.add_argument("--chunk-idx", type=at_least(0), default=0)
+    add_generation_arguments(parser, 128)
     parser.add_argument("--single-pred-prompt", action="store_true")
     parser.add_argument("--all-rounds", action="store_true", help="MMBench: rotate the options")
     parser.add_argument("--lang", help="MMBench: en or cn")
     parser.add_argument("--no-ocr", action="store_true", help="TextVQA: ask without the OCR tokens")
-    parser.add_argument("--batch-size", type=_at_least(1), default=8, help="questions answered at once")
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="questions answered at once")
     parser.add_argument(
         "--num-workers",
-        type=_at_least(0),
+        type=at_least(0),
         help=f"processes that load pictures (default: {WORKERS} from {WORTHWHILE} pictures on, else none)",
     )
     parser.add_argument("--num-processes", type=int, help="refuse to run with another number")
-    parser.add_argument("--limit", type=_at_least(1), help="answer the first N questions only")
+    parser.add_argument("--limit", type=at_least(1), help="answer the first N questions only")
     parser.add_argument("--one-by-one", action="store_true", help="question by question, as LLaVA's own scripts do")
     parser.add_argument("--overwrite", action="store_true", help="discard the answers there are and start over")
     parser.add_argument("--allow-outside", action="store_true", help="allow pictures outside the image folder")
@@ -317,7 +312,6 @@ def main(**defaults: Any) -> None:
     add_run_arguments(parser)
     known = ", ".join(benchmarks.available()) + (" (default: by the question file's name)" if fallback else "")
     parser.add_argument("--benchmark", required=fallback is None, help=known)
-    parser.add_argument("--max-new-tokens", type=_at_least(1), default=128)
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     args.benchmark = args.benchmark or _benchmark_of(Path(args.question_file)) or fallback

@@ -33,11 +33,9 @@ def lines(name: str, category: Category) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = OneLineParser(prog="eval_pope.py", description=(__doc__ or "").split(":")[0])
-    parser.add_argument(
-        "--annotation-dir", "--annotation_dir", type=Path, required=True, help="folder of coco_pope_<category>.json"
-    )
-    parser.add_argument("--question-file", "--question_file", type=Path, required=True)
-    parser.add_argument("--result-file", "--result_file", type=Path, required=True, help="answers")
+    parser.add_argument("--annotation-dir", type=Path, required=True, help="folder of coco_pope_<category>.json")
+    parser.add_argument("--question-file", type=Path, required=True)
+    parser.add_argument("--result-file", type=Path, required=True, help="answers")
     args = parser.parse_args(argv)
     judged, notes = judge(read_jsonl(args.result_file), args.question_file, args.annotation_dir)
     for name, category in judged.items():

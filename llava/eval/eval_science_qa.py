@@ -40,16 +40,10 @@ def results(verdicts: Sequence[Verdict]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = OneLineParser(prog="eval_science_qa.py", description=(__doc__ or "").split(":")[0])
-    parser.add_argument(
-        "--base-dir", "--base_dir", type=Path, required=True, help="folder of problems.json and pid_splits.json"
-    )
-    parser.add_argument("--result-file", "--result_file", type=Path, required=True, help="answers")
-    parser.add_argument(
-        "--output-file", "--output_file", type=Path, required=True, help="right and wrong answers are written here"
-    )
-    parser.add_argument(
-        "--output-result", "--output_result", type=Path, required=True, help="the summary is written here"
-    )
+    parser.add_argument("--base-dir", type=Path, required=True, help="folder of problems.json and pid_splits.json")
+    parser.add_argument("--result-file", type=Path, required=True, help="answers")
+    parser.add_argument("--output-file", type=Path, required=True, help="right and wrong answers are written here")
+    parser.add_argument("--output-result", type=Path, required=True, help="the summary is written here")
     parser.add_argument("--split", default="test")
     parser.add_argument("--options", type=list, default=list(LETTERS), help="letters of the choices, such as ABCDE")
     args = parser.parse_args(argv)

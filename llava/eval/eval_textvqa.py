@@ -23,13 +23,9 @@ def report(annotations: Path, answers: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = OneLineParser(prog="eval_textvqa.py", description=(__doc__ or "").split(":")[0])
-    parser.add_argument(
-        "--annotation-file", "--annotation_file", type=Path, required=True, help="TextVQA_0.5.1_val.json"
-    )
-    parser.add_argument("--result-file", "--result_file", type=Path, help="answers")
-    parser.add_argument(
-        "--result-dir", "--result_dir", type=Path, help="folder of answers, every .jsonl of which is scored"
-    )
+    parser.add_argument("--annotation-file", type=Path, required=True, help="TextVQA_0.5.1_val.json")
+    parser.add_argument("--result-file", type=Path, help="answers")
+    parser.add_argument("--result-dir", type=Path, help="folder of answers, every .jsonl of which is scored")
     args = parser.parse_args(argv)
     if args.result_file is None and args.result_dir is None:
         raise InputError("there is nothing to score; give --result-file or --result-dir")

@@ -33,11 +33,12 @@ class Ranks:
             dist.init_process_group("gloo", timeout=timedelta(days=7))
             self.rank, self.world, self.local = dist.get_rank(), dist.get_world_size(), dist.get_node_local_rank()
         if wanted is not None and wanted != self.world:
-            self.close()
-            raise InputError(
+            error = InputError(
                 f"{wanted} processes were asked for, but {self.world} started; launch with torchrun "
                 f"--nproc_per_node {wanted} (accelerate launch --cpu starts one)"
             )
+            self.close(error)
+            raise error
 
     @property
     def device(self) -> str:
@@ -70,10 +71,17 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    def close(self) -> None:
-        """Leave the run."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave the run; after an error the launcher stops the others.
+
+        Raises:
+            SystemExit: another process stopped with the same `InputError` before and says so.
+        """
+        said = isinstance(error, InputError) and self.count(f"said {error}", 1) > 1
         if dist.is_initialized():
             dist.destroy_process_group()
+        if said:
+            raise SystemExit(2)
 
     def __enter__(self) -> "Ranks":
         """Return self."""
@@ -82,5 +90,5 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the run; after an error the launcher stops the others."""
-        self.close()
+        """Leave the run."""
+        self.close(error)

@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = OneLineParser(prog="python -m llava.eval.score", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--benchmark", required=True, choices=available(), metavar="NAME", help=", ".join(available()))
-    parser.add_argument("--answers-file", "--answers_file", required=True, type=Path, help="answers, one object a line")
+    parser.add_argument("--answers-file", required=True, type=Path, help="answers, one object a line")
     parser.add_argument("--data", type=Path, help=f"the benchmark's folder; default: ./{DATA}/<its folder>")
     parser.add_argument("--against", type=Path, help="answers of another run, to compare with")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write here what the official scorer takes")

@@ -29,7 +29,7 @@ from llava.eval.engine import Asked, Engine
 from llava.eval.pictures import Picture, Pictures, Source, stream
 from llava.model.builder import load_pretrained_model
 from llava.model.miniature import GRIDS, PATCH, published_config, state_shapes, write_miniature
-from llava.utils import OneLineParser, run_command
+from llava.utils import OneLineParser, at_least, run_command
 
 METHODS = ("none", "globalcom2(retention_ratio=0.25)")
 MODES = ("question by question", "image-major")
@@ -200,17 +200,15 @@ def as_text(found: dict[str, Any]) -> str:
 def main() -> None:
     """Run the command."""
     parser = OneLineParser(prog="llava.eval.throughput", description="Measure what answering image by image saves.")
-    parser.add_argument("--images", type=int, default=40)
-    parser.add_argument("--questions", type=int, default=12, help="per image")
-    parser.add_argument("--rounds", type=int, default=5, help="the images are dealt out to this many rounds")
+    parser.add_argument("--images", type=at_least(1), default=40)
+    parser.add_argument("--questions", type=at_least(1), default=12, help="per image")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="the images are dealt out to this many rounds")
     parser.add_argument("--scale", default="eighth", choices=sorted(SCALES), help="size of the random checkpoint")
-    parser.add_argument("--batch-size", type=int, default=12, help="questions answered at once")
-    parser.add_argument("--max-new-tokens", type=int, default=4, help="of every answer (default: a short one)")
+    parser.add_argument("--batch-size", type=at_least(1), default=12, help="questions answered at once")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=4, help="of every answer (default: a short one)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    if min(args.images, args.questions, args.rounds, args.batch_size, args.max_new_tokens) < 1:
-        raise InputError("--images, --questions, --rounds, --batch-size and --max-new-tokens must be at least 1")
     args.rounds = min(args.rounds, args.images)
     with TemporaryDirectory() as folder:
         found = compare(measure(args, Path(folder)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from llava.eval import answer
 from llava.utils import run_command
@@ -225,6 +226,61 @@ def test_a_mistyped_checkpoint_leaves_nothing_to_overwrite(command, words):
     assert command("a")[0] == 3
 
 
+def test_rows_are_upstreams(command, tmp_path):
+    first = command("a", "--retention-ratio", "0.5")[1][0]
+    assert list(json.loads((tmp_path / "a").read_text().split("\n")[0])) == [
+        *("question_id", "prompt", "text", "answer_id", "model_id", "metadata"),
+    ]
+    assert first["model_id"] == "llava-next-7b"
+    assert first["metadata"]["retention_ratio"] == 0.5
+    assert first["metadata"]["visual_tokens"] == first["metadata"]["total_visual_tokens"] // 2
+    assert "<image>" not in first["prompt"]
+
+
+def test_nothing_is_asked_twice(command, monkeypatch):
+    rows = command("a")[1]
+    monkeypatch.setattr(answer, "load_engine", lambda *_: pytest.fail("everything was answered"))
+    assert command("a")[1] == rows
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--retention-ratio", "0.5"], "retention_ratio=0.5"),
+        (["--method", "uniform"], "uniform"),
+        (["--max-new-tokens", "7"], "max_new_tokens 5, now 7"),
+        (["--conv-mode", "llava_v1"], "conv_mode"),
+    ],
+)
+def test_another_configuration_does_not_mix_in(command, changed, said):
+    before = command("a")[1]
+    code, found, _, err = command("a", *changed)
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1
+    assert found == before
+    code, found, *_ = command("a", *changed, "--overwrite")
+    assert code == 3
+    assert found != before
+
+
+def test_an_answers_file_of_unknown_origin_is_left_alone(command, tmp_path):
+    (tmp_path / "a").write_text('{"answer_id": 1}\n')
+    assert command("a")[0] == 2
+    assert (tmp_path / "a").read_text() == '{"answer_id": 1}\n'
+
+
+@pytest.mark.parametrize("broken", ["--question-file", "--image-folder", "--model-path"])
+def test_what_is_missing_is_said_before_anything_is_written(words, tmp_path, broken, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["answer", *words("a", broken, "./nosuch")])
+    with pytest.raises(SystemExit, match="2"):
+        run_command(answer.main)
+    err = capsys.readouterr().err
+    assert "nosuch" in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_killed_at_ten_random_moments(words, tmp_path):
     """A real process, killed with -9 at its start, while it answers, and near its end."""
@@ -257,6 +313,43 @@ def test_killed_at_ten_random_moments(words, tmp_path):
     assert python(*command[1:], *words("killed", *more, data=data)).returncode == 3
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     assert [row["question_id"] for row in rows(tmp_path / "killed")] == ids(data)
+
+
+@pytest.mark.slow
+def test_ten_thousand_questions_with_unreadable_pictures(words, tmp_path):
+    """It finishes, names the failures, and memory does not grow with the number of questions."""
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (20, 20), "red").save(images / "good.png")
+    rows = [
+        {"question_id": i, "image": f"broken{i}.png" if i % 100 == 7 else f"good{i // 50}.png", "text": f"What {i}?"}
+        for i in range(10_000)
+    ]
+    for i in range(200):
+        (images / f"good{i}.png").hardlink_to(images / "good.png")
+    for i in range(7, 10_000, 100):
+        (images / f"broken{i}.png").write_bytes(b"no picture")
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = (
+        "import resource, sys\n"
+        "from llava.eval import answer\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "real, seen = answer.Journal.write, []\n"
+        "def write(self, index, row):\n"
+        "    real(self, index, row)\n"
+        "    seen.append(peak() if len(seen) in (2000, 9999) else 0)\n"
+        "answer.Journal.write = write\n"
+        "try:\n    answer.main()\nexcept SystemExit as stop:\n    code = stop.code\n"
+        "sys.stderr.write(f'\\ncode {code} grew {seen[9999] - seen[2000]}\\n')\n"
+    )
+    more = ["--max-new-tokens", 1, "--batch-size", 50, "--num-workers", 0]
+    done = python("-c", script, *words("a", *more, data=tmp_path))
+    assert done.returncode == 0
+    assert done.stderr.count("could not ask: broken") == 100
+    *_, last = done.stderr.strip().splitlines()
+    assert last.startswith("code 3 grew ")
+    assert int(last.split()[-1]) < 20_000  # kilobytes
+    assert len((tmp_path / "a").read_text().splitlines()) == 10_000
 
 
 @pytest.mark.slow

@@ -40,8 +40,10 @@ def answer(name: str, data: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
 def test_by_path(file: str) -> None:
     done = python(file, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    flags = set(re.findall(r"--\w+(?:-\w+)+", done.stdout))
-    assert {flag[2:].replace("-", "_") for flag in flags} <= set(re.findall(r"--(\w+_\w+)", done.stdout))
+    flags = set(re.findall(r"--\w[\w-]*", done.stdout)) - {"--help"}
+    both = [*flags, *("--" + flag[2:].replace("-", "_") for flag in flags)]
+    spelt = python(file, *(f"{flag}=x" for flag in both), "--no-such")
+    assert "unrecognized arguments: --no-such (" in spelt.stderr, "every flag is known in both spellings"
     bare = python(file)
     assert bare.returncode == 2
     assert len(bare.stderr.splitlines()) == 1

@@ -1,5 +1,6 @@
 """Processes of one run: every item is drawn once, and a run with too few or too many says so."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,3 +70,28 @@ def test_alone_where_others_were_asked_for(wanted):
     with pytest.raises(InputError, match=f"{wanted} processes were asked for, but 1 started"):
         Ranks(wanted)
     assert Ranks(1).world == 1
+
+
+LAUNCH = [sys.executable, "-m", "llava.eval.launch", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("raise SystemExit(0)", 0, ""),
+        ("from llava.constants import InputError\nwith Ranks(): raise InputError('no such thing')", 2, "no such thing"),
+        ("Ranks(3)", 2, "3 processes were asked for, but 2 started"),
+        ("with Ranks() as ranks:\n    if ranks.rank: os.kill(os.getpid(), 9)\n    time.sleep(60)", 137, "SIGKILL"),
+    ],
+)
+def test_launched_processes_complain_once_with_their_own_code(tmp_path, body, code, said):
+    script = tmp_path / "script.py"
+    body = "\n".join("    " + line for line in body.split("\n"))
+    script.write_text(
+        f"import os, time\nfrom llava.eval.ranks import Ranks\nfrom llava.utils import run_command\n"
+        f"def main():\n{body}\nrun_command(main)\n"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*LAUNCH, str(script)], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == code, done.stderr
+    assert [said in line for line in done.stderr.splitlines()] == [True] * (code != 0)

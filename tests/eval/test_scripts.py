@@ -68,7 +68,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], argparse.Na
     def parse(command: list[str]) -> argparse.Namespace:
         flag, module, *words = command
         assert flag == "-m"
-        if module == "torch.distributed.run":
+        if module == "llava.eval.launch":
             launcher = torch.distributed.run.get_args_parser().parse_args(words)
             assert launcher.module
             args = parse(["-m", launcher.training_script, *launcher.training_script_args])
@@ -141,7 +141,7 @@ def test_variables(script: str, parsed: Callable[[list[str]], argparse.Namespace
     variables = {"CKPT": "my models/v 1", "METHOD": "globalcom2(alpha=0.3)", "RATIO": 0.5, "PROFILE": "corrected"}
     more = {"LIMIT": 8, "OUT": "/o u t", "DATA": "/d a t a", "BATCH": 3, "NUM_PROCESSES": 2}
     launch, scoring = dry(script, "--num-beams", 2, **variables, **more)
-    assert launch[:2] == ["-m", "torch.distributed.run"]
+    assert launch[:2] == ["-m", "llava.eval.launch"]
     answer, score = parsed(launch), parsed(scoring)
     assert answer.model_path == "my models/v 1"
     assert (answer.method, answer.retention_ratio, answer.profile) == ("globalcom2(alpha=0.3)", "0.5", "corrected")
@@ -169,7 +169,7 @@ def test_variables(script: str, parsed: Callable[[list[str]], argparse.Namespace
 def test_one_process_for_each_device(variables: dict[str, Any], processes: int) -> None:
     command = dry("textvqa", **variables)[0]
     assert command[command.index("--num-processes") + 1] == str(processes)
-    assert ("torch.distributed.run" in command) == (processes > 1)
+    assert ("llava.eval.launch" in command) == (processes > 1)
 
 
 def test_runs_that_differ_have_files_that_differ() -> None:

@@ -1,7 +1,7 @@
 """What a benchmark is: where its questions come from, how they are asked, and what an answer is worth."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,7 +48,8 @@ class Result:
     notes: tuple[str, ...] = ()
     """What a reader must know: missing answers, a label revision that does not match, a prompt variant."""
     per_question: Mapping[Any, float] = field(default_factory=dict)
-    """Question id -> its contribution, on the headline's scale: what intervals are resampled from."""
+    """Question id -> its contribution, on the headline's scale, so that their mean is the headline: what intervals are
+    resampled from."""
 
 
 class Benchmark:
@@ -93,7 +94,13 @@ class Benchmark:
         raise NotImplementedError
 
     def export(self, rows: Sequence[Row], data: Path, output: Path) -> list[Path]:
-        """Write what the official scorer or server takes; returns the files written. Default: nothing."""
+        """Write what the official scorer or server takes; returns the files written. Default: nothing.
+
+        Args:
+            rows: of the answers file.
+            data: the benchmark's folder.
+            output: file, or folder for a file of the official name; where a server takes several files, folder.
+        """
         return []
 
     def missing(self, data: Path) -> list[Path]:
@@ -133,8 +140,3 @@ def read_jsonl(file: Path) -> list[Row]:
             raise InputError(f"{str(file)!r}, line {number} is no JSON object")
         rows.append(row)
     return rows
-
-
-def answer_texts(rows: Iterable[Row]) -> dict[Any, str]:
-    """Map question ids to answer texts; the last row of an id counts."""
-    return {row["question_id"]: str(row["text"]) for row in rows}

@@ -52,7 +52,7 @@ benchmark() {
     local launch=("$PYTHON" -m)
     if ((NUM_PROCESSES > 1)); then
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun's own default, without its warning
-        launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NUM_PROCESSES" -m)
+        launch=("$PYTHON" -m llava.eval.launch --standalone --nproc_per_node "$NUM_PROCESSES" -m)
     fi
     run "${launch[@]}" llava.eval.answer --benchmark "$name" --model-path "$CKPT" --question-file "$data/$questions" \
         --image-folder "$data/$images" --answers-file "$answers" --temperature 0 --method "$METHOD" \
