@@ -305,16 +305,27 @@ def _benchmark_of(file: Path) -> str | None:
     return names.get(file.name)
 
 
-def main(**defaults: Any) -> None:
-    """Run the command; doors set defaults such as `max_new_tokens`, and the `benchmark` an unknown file is read as."""
+def parse(argv: Sequence[str] | None = None, **defaults: Any) -> argparse.Namespace:
+    """Parse the command's words; doors set defaults.
+
+    Args:
+        argv: words; None: the command line's.
+        **defaults: of options, and the `benchmark` a file of unknown name is read as.
+    """
     fallback = defaults.pop("benchmark", None)
     parser = OneLineParser(prog="llava.eval.answer", description="Answer a question file, resumably.")
     add_run_arguments(parser)
     known = ", ".join(benchmarks.available()) + (" (default: by the question file's name)" if fallback else "")
     parser.add_argument("--benchmark", required=fallback is None, help=known)
     parser.set_defaults(**defaults)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.benchmark = args.benchmark or _benchmark_of(Path(args.question_file)) or fallback
+    return args
+
+
+def main(**defaults: Any) -> None:
+    """Run the command; see `parse`."""
+    args = parse(**defaults)
     report(run(args), args.json)
 
 

@@ -147,6 +147,7 @@ class Engine:
         views = [picture.views for picture in pictures if picture.views is not None]
         return torch.stack(views) if views[0].ndim == 3 else views
 
+    @torch.no_grad()
     def _together(self, window: list[tuple[Picture, list[Asked]]]) -> Iterator[Answer]:
         """Answer the questions of a window in batches of like length."""
         shown = [_Shown(picture, questions) for picture, questions in window if picture.views is None]
@@ -154,10 +155,7 @@ class Engine:
         for start in range(0, len(seen), self.batch):
             part = seen[start : start + self.batch]
             trace = Trace()
-            with torch.no_grad():
-                packed = self.model.compress_images(
-                    self._images([p for p, _ in part]), [p.size for p, _ in part], trace
-                )
+            packed = self.model.compress_images(self._images([p for p, _ in part]), [p.size for p, _ in part], trace)
             totals = [image.plan.patches for image in trace.images]
             shown += [_Shown(p, q, made, n) for (p, q), made, n in zip(part, packed, totals, strict=True)]
         for unit in shown:

@@ -223,7 +223,12 @@ def _write_tokenizer(root: Path) -> None:
         hard_vocab_limit=True,
         minloglevel=2,
     )
-    (root / "tokenizer.model").write_bytes(model.getvalue())
+    write_tokenizer(root, model.getvalue())
+
+
+def write_tokenizer(root: Path, model: bytes) -> None:
+    """Write a SentencePiece model as the published checkpoints carry theirs."""
+    (root / "tokenizer.model").write_bytes(model)
     settings = {
         "add_bos_token": True,
         "add_eos_token": False,
@@ -245,11 +250,18 @@ def _write_clip(folder: Path, state: dict[str, Tensor]) -> None:
 
     prefix = "model.vision_tower.vision_tower."
     tower = {name.removeprefix(prefix): t.clone() for name, t in state.items() if name.startswith(prefix)}
+    write_clip_shape(folder, VISION)
     save_file(tower, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **VISION}
+
+
+def write_clip_shape(folder: Path, vision: dict[str, int]) -> None:
+    """Write config and preprocessing of a CLIP folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tile = vision["image_size"]
+    config = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **vision}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     preprocessor = {
-        "crop_size": TILE,
+        "crop_size": tile,
         "do_center_crop": True,
         "do_normalize": True,
         "do_resize": True,
@@ -257,7 +269,7 @@ def _write_clip(folder: Path, state: dict[str, Tensor]) -> None:
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
         "resample": 3,
-        "size": TILE,
+        "size": tile,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
 

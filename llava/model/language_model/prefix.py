@@ -41,7 +41,6 @@ class SharedPrefix:
         cache.batch_select_indices(chosen)  # new tensors; layers only ever replace theirs
         return SharedPrefix(cache, self.mask[chosen], [self.lengths[i] for i in indices])
 
-    @torch.no_grad()
     def extend(self, model: Any, ids: Tensor, packed: Sequence[Packed] = ()) -> "SharedPrefix":
         """Run what comes next, ids `[B, L]` with the images of their placeholders; this prefix is used up."""
         part = splice(ids.to(model.device), packed, model.get_model().embed_tokens, padding_side="left")

@@ -1,0 +1,68 @@
+"""Answer benchmarks with several methods at several ratios in one process: `python -m llava.eval.grid …`.
+
+For a model so small that starting Python for every cell would cost more than answering; `run_grid.sh` is for others.
+`llava.eval.table` makes a table of the answers.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+from llava.eval import answer, benchmarks
+from llava.eval.published import COLUMNS
+from llava.utils import OneLineParser, at_least, run_command
+
+# What the benchmarks' scripts give besides.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "scienceqa": ("--single-pred-prompt",),
+    "mmbench": ("--single-pred-prompt",),
+    "mmbench_cn": ("--single-pred-prompt", "--lang", "cn"),
+}
+
+
+def cells(methods: Sequence[str], ratios: Sequence[float]) -> list[tuple[str, float]]:
+    """Return methods at ratios, after the upper bound all are compared with; without compression there is one ratio."""
+    compressed = [(method, ratio) for method, ratio in product(methods, ratios) if method != "none" and ratio < 1]
+    return [("none", 1.0), *compressed]
+
+
+def words(args: argparse.Namespace, name: str, method: str, ratio: float) -> Iterator[str]:
+    """Yield the answerer's words for one cell."""
+    benchmark = benchmarks.get(name)
+    data = args.data / benchmark.folder
+    label = "".join(c if c.isalnum() or c in ".=-" else "_" for c in f"{method}-{ratio:g}")
+    label += f"-first{args.limit}" if args.limit else ""
+    yield from ("--benchmark", name, "--model-path", args.model_path, "--method", method)
+    yield from ("--question-file", str(data / benchmark.question_file))
+    yield from ("--image-folder", str(data / benchmark.image_folder))
+    yield from ("--answers-file", str(args.out / benchmark.folder / f"{label}.jsonl"))
+    yield from ("--retention-ratio", str(ratio), "--batch-size", str(args.batch_size), "--num-workers", "0")
+    yield from ("--max-new-tokens", str(args.max_new_tokens), *OPTIONS.get(name, ()))
+    if args.device:
+        yield from ("--device", args.device)
+    if args.limit:
+        yield from ("--limit", str(args.limit))
+
+
+def main() -> None:
+    """Run the command."""
+    parser = OneLineParser(prog="llava.eval.grid", description=(__doc__ or "").split(":")[0])
+    parser.add_argument("--model-path", required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the benchmarks' folders")
+    parser.add_argument("--out", type=Path, required=True, help="answers are written here")
+    parser.add_argument("--benchmarks", nargs="+", default=COLUMNS, choices=COLUMNS, metavar="NAME")
+    parser.add_argument("--methods", nargs="+", default=["globalcom2"], help="names, or calls with fields")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.5, 0.25, 0.1])
+    parser.add_argument("--limit", type=at_least(1), help="the first N questions of each benchmark only")
+    parser.add_argument("--batch-size", type=at_least(1), default=16)
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=64)
+    parser.add_argument("--device")
+    args = parser.parse_args()
+    for name, (method, ratio) in product(args.benchmarks, cells(args.methods, args.ratios)):
+        summary = answer.run(answer.parse(list(words(args, name, method, ratio))))
+        print(f"{name:12} {method:40} {ratio:5.2f} {summary['questions']:6d} answers, {summary['seconds']:.1f} s")
+
+
+if __name__ == "__main__":
+    run_command(main)

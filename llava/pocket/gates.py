@@ -1,0 +1,128 @@
+"""What must hold before compression is discussed: the tower reads crops, its [CLS] token finds things, methods differ.
+
+`python -m llava.pocket.gates --work DIR` measures a training's state on test scenes; see `playground/pocket/README.md`.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.compress import get
+from llava.compress.attention import cls_logits
+from llava.compress.trace import Trace
+from llava.mm_utils import process_images
+from llava.pocket.scenes import CHARACTERS, KINDS, SHAPES, SIDE, Scene, Thing, letter_cells
+from llava.pocket.see import ASPECTS, Seeing, label_views
+from llava.visualize import kept_patches
+
+
+def home(scene: Scene, thing: Thing) -> int:
+    """Return the number of the view (thumbnail 0) whose crop a thing is in."""
+    return 1 + thing.top // SIDE * scene.grid[0] + thing.left // SIDE
+
+
+def patches_of(scene: Scene, thing: Thing, thumbnail: bool) -> Tensor:
+    """Return the patches `[SIDE, SIDE]`, bool, that show a thing in its crop or in the thumbnail."""
+    return _box(scene, thumbnail, home(scene, thing), thing.left, thing.top, thing.width, thing.height)
+
+
+def _box(scene: Scene, thumbnail: bool, view: int, left: int, top: int, width: int, height: int) -> Tensor:
+    cols, rows = scene.grid
+    shown = torch.zeros(rows * SIDE, cols * SIDE, dtype=torch.bool)
+    shown[top : top + height, left : left + width] = True
+    if thumbnail:
+        middle = torch.arange(SIDE) * 2 + 1
+        return shown[middle * rows // 2][:, middle * cols // 2]
+    row, col = divmod(view - 1, cols)
+    return shown[row * SIDE : (row + 1) * SIDE, col * SIDE : (col + 1) * SIDE]
+
+
+@torch.no_grad()
+def sight(model: Seeing, scenes: Iterable[Scene], processor: Any, config: Any) -> dict[str, float]:
+    """Return how often the tower's features tell a thing's shape and every digit and letter, crop and thumbnail apart.
+
+    A thing's patches vote: their logits are averaged. What no thumbnail patch shows is wrong there.
+    """
+    right: dict[str, list[float]] = defaultdict(list)
+    sizes = list(ASPECTS.values())
+    for scene in scenes:
+        views = process_images([scene.image], processor, config)[0]
+        hidden = model.tower(views, output_hidden_states=True).hidden_states[model.select_layer][:, 1:]
+        kinds, _, characters = model.heads(hidden).unflatten(1, (SIDE, SIDE)).split(sizes, -1)
+        for thing in scene.things:
+            size = "big" if thing.big else "small"
+            for where, view in (("crop", home(scene, thing)), ("thumbnail", 0)):
+                if thing.kind in SHAPES:
+                    said = _vote(kinds[view], patches_of(scene, thing, not view))
+                    right[f"shape {size} {where}"].append(said == KINDS.index(thing.kind))
+                across, _ = letter_cells(thing.kind, thing.big)
+                what = "handwritten digit" if thing.kind == "note" else "printed digit"
+                for place, character in enumerate(thing.text):
+                    left = thing.left + place * across
+                    box = _box(scene, not view, home(scene, thing), left, thing.top, across, thing.height)
+                    said = _vote(characters[view], box)
+                    name = what if character.isdecimal() else "letter"
+                    right[f"{name} {size} {where}"].append(said == CHARACTERS.index(character))
+    return {name: sum(found) / len(found) for name, found in sorted(right.items())}
+
+
+def _vote(logits: Tensor, patches: Tensor) -> int:
+    """Return the class most patches speak for, nothing (0) left out; −1 without patches."""
+    return int(logits[patches].mean(0)[1:].argmax()) if patches.any() else -1
+
+
+@torch.no_grad()
+def attention_on_things(
+    tower: Any, layer: int, scenes: Iterable[Scene], processor: Any, config: Any
+) -> dict[str, float]:
+    """Return the share of the [CLS] attention to patches that falls on things, beside their share of the area.
+
+    Args:
+        tower: `CLIPVisionModel`.
+        layer: the one whose attention methods read.
+        scenes: looked at.
+        processor: image processor.
+        config: with the AnyRes keys.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for scene in scenes:
+        views = process_images([scene.image], processor, config)[0]
+        hidden = tower(views, output_hidden_states=True).hidden_states[layer]
+        mass = cls_logits(tower.encoder.layers[layer], hidden).softmax(-1)[:, :, 1:].mean(1)  # [V, N]
+        mass = mass / mass.sum(1, keepdim=True)
+        things = label_views(scene)[:, 0].flatten(1) > 0  # [V, N]
+        for view in range(len(views)):
+            if things[view].any():
+                where = "crop" if view else "thumbnail"
+                found[f"attention {where}"].append(float(mass[view][things[view]].sum()))
+                found[f"area {where}"].append(float(things[view].float().mean()))
+    return {name: sum(values) / len(values) for name, values in sorted(found.items())}
+
+
+@torch.no_grad()
+def coverage(model: Any, processor: Any, scenes: Sequence[Scene], method: str) -> dict[str, float]:
+    """Return the share of small and of big things of which a method keeps a crop patch, and of all their crop patches.
+
+    Args:
+        model: a LLaVA; its language model is not run.
+        processor: image processor.
+        scenes: looked at.
+        method: as for `llava.compress.get`.
+    """
+    before, model.method = model.method, get(method)
+    found: dict[str, list[float]] = defaultdict(list)
+    for scene in scenes:
+        trace = Trace()
+        image = scene.image
+        model.compress_images(process_images([image], processor, model.config), [image.size], trace)
+        kept = kept_patches(trace.images[0])  # [V, SIDE, SIDE]
+        for thing in scene.things:
+            own = kept[home(scene, thing)][patches_of(scene, thing, False)].float()
+            size = "big" if thing.big else "small"
+            found[f"{size} found"].append(float(own.any()))
+            found[f"{size} patches"].append(float(own.mean()))
+    model.method = before
+    return {name: sum(values) / len(values) for name, values in sorted(found.items())}
