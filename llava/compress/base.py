@@ -171,6 +171,8 @@ class Compressor:
     taps: ClassVar[Taps] = Taps()
     query_agnostic: ClassVar[bool] = True
     """The selection does not depend on the prompt, so that all questions about an image can share it."""
+    has_ratio: ClassVar[bool] = True
+    """The number of kept tokens follows the retention ratio."""
 
     retention_ratio: float | None = None
     """Kept ÷ uncompressed visual tokens, in (0, 1]; None: LLAVA_RETENTION_RATIO, else line 101 of llava_arch."""

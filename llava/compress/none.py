@@ -1,6 +1,7 @@
 """No compression: the uncompressed model, through the same path as every method."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from llava.compress.base import Compressor
 
@@ -10,3 +11,4 @@ class NoCompression(Compressor):
     """Keep every token; a retention ratio has no effect."""
 
     name = "none"
+    has_ratio: ClassVar[bool] = False

@@ -5,12 +5,14 @@ For a model so small that starting Python for every cell would cost more than an
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
+from llava.compress import get
 from llava.eval import answer, benchmarks
-from llava.eval.published import COLUMNS
+from llava.eval.published import COLUMNS, UPPER
 from llava.utils import OneLineParser, at_least, run_command
 
 # What the benchmarks' scripts give besides.
@@ -22,9 +24,12 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 
 def cells(methods: Sequence[str], ratios: Sequence[float]) -> list[tuple[str, float]]:
-    """Return methods at ratios, after the upper bound all are compared with; without compression there is one ratio."""
-    compressed = [(method, ratio) for method, ratio in product(methods, ratios) if method != "none" and ratio < 1]
-    return [("none", 1.0), *compressed]
+    """Return methods at ratios, after the upper bound all are compared with; where a ratio has no effect, once."""
+    found = [UPPER]
+    for method in methods:
+        follows = type(get(method)).has_ratio
+        found += [(method, ratio) for ratio in ratios if ratio < 1] if follows else [(method, 1.0)]
+    return list(dict.fromkeys(found))
 
 
 def words(args: argparse.Namespace, name: str, method: str, ratio: float) -> Iterator[str]:
@@ -45,8 +50,8 @@ def words(args: argparse.Namespace, name: str, method: str, ratio: float) -> Ite
         yield from ("--limit", str(args.limit))
 
 
-def main() -> None:
-    """Run the command."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     parser = OneLineParser(prog="llava.eval.grid", description=(__doc__ or "").split(":")[0])
     parser.add_argument("--model-path", required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder of the benchmarks' folders")
@@ -58,10 +63,20 @@ def main() -> None:
     parser.add_argument("--batch-size", type=at_least(1), default=16)
     parser.add_argument("--max-new-tokens", type=at_least(1), default=64)
     parser.add_argument("--device")
-    args = parser.parse_args()
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer every cell, saying on stderr what it took."""
     for name, (method, ratio) in product(args.benchmarks, cells(args.methods, args.ratios)):
-        summary = answer.run(answer.parse(list(words(args, name, method, ratio))))
-        print(f"{name:12} {method:40} {ratio:5.2f} {summary['questions']:6d} answers, {summary['seconds']:.1f} s")
+        done = answer.run(answer.parse(list(words(args, name, method, ratio))))
+        said = f"{name:12} {method:40} {ratio:5.2f} {done['questions']:6d} answers, {done['seconds']:.1f} s"
+        print(said, file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command."""
+    run(build_parser().parse_args())
 
 
 if __name__ == "__main__":

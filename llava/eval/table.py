@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava.compress import method_class
 from llava.constants import InputError
 from llava.eval import benchmarks
 from llava.eval.benchmarks.base import Result, read_jsonl
@@ -25,6 +26,8 @@ from llava.utils import OneLineParser, run_command
 
 Key = tuple[str, float]
 """Method with its fields, and retention ratio."""
+OWN = 0.0
+"""Stands for the ratio of methods that do not follow one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +54,9 @@ def method_key(spec: str) -> Key:
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         raise InputError(f"cannot read the recorded method {spec!r}")
     fields = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    ratio = 1.0 if call.func.id == "none" else float(fields.pop("retention_ratio", 1.0))
-    fields.pop("retention_ratio", None)
+    ratio = float(fields.pop("retention_ratio", 1.0))
+    if not method_class(call.func.id).has_ratio:
+        ratio = 1.0 if call.func.id == UPPER[0] else OWN
     rest = ", ".join(f"{name}={value!r}" for name, value in fields.items())
     return (f"{call.func.id}({rest})" if rest else call.func.id), ratio
 
@@ -155,7 +159,7 @@ def as_text(rows: Mapping[Key, Mapping[str, Any]], model_path: str) -> str:
     for key, row in rows.items():
         if key[1] != ratio:
             ratio = key[1]
-            lines += ["", f"Retention ratio {ratio:.0%}", head]
+            lines += ["", "No ratio of their own" if ratio == OWN else f"Retention ratio {ratio:.0%}", head]
         scores = [_number(row["scores"].get(name), "server" if name in row["n"] else "-") for name in COLUMNS]
         average = "-" if row["average"] is None else f"{row['average']:.1f}% of {len(row['scores'])}"
         lines.append(_line(key[0], [*scores, average, _clock(row["seconds"].get("mme"))]))
@@ -184,12 +188,17 @@ def _clock(seconds: float | None) -> str:
     return "-" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the command's parser."""
-    parser = OneLineParser(prog="llava.eval.table", description=(__doc__ or "").split("\n")[0])
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which runs are looked at."""
     parser.add_argument("--root", type=Path, default=Path("playground/data/eval"), help="where runs were written")
     parser.add_argument("--data", type=Path, help="the benchmarks' data; default: the root")
     parser.add_argument("--model-path", help="runs of this checkpoint only")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = OneLineParser(prog="llava.eval.table", description=(__doc__ or "").split("\n")[0])
+    add_run_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -1,10 +1,12 @@
 """What must hold before compression is discussed: the tower reads crops, its [CLS] token finds things, methods differ.
 
-`python -m llava.pocket.gates --work DIR` measures a training's state on test scenes; see `playground/pocket/README.md`.
+`python -m llava.pocket.gates` measures the shipped checkpoint on test scenes.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,16 @@ from torch import Tensor
 from llava.compress import get
 from llava.compress.attention import cls_logits
 from llava.compress.trace import Trace
+from llava.eval import benchmarks, grid
+from llava.eval.benchmarks.base import Result, Row, read_jsonl
+from llava.eval.table import collect
 from llava.mm_utils import process_images
-from llava.pocket.scenes import CHARACTERS, KINDS, SHAPES, SIDE, Scene, Thing, letter_cells
+from llava.model.builder import load_pretrained_model
+from llava.pocket.questions import UNANSWERABLE
+from llava.pocket.scenes import CHARACTERS, KINDS, SHAPES, SIDE, Scene, Thing, letter_cells, make_scene
 from llava.pocket.see import ASPECTS, Seeing, label_views
+from llava.pocket.write import write_benchmarks
+from llava.utils import OneLineParser, at_least, run_command
 from llava.visualize import kept_patches
 
 
@@ -126,3 +135,87 @@ def coverage(model: Any, processor: Any, scenes: Sequence[Scene], method: str) -
             found[f"{size} patches"].append(float(own.mean()))
     model.method = before
     return {name: sum(values) / len(values) for name, values in sorted(found.items())}
+
+
+def percent(result: Result) -> float:
+    """Return a task's score on a scale on which guessing can be told: MME per category, POPE as accuracy."""
+    if result.benchmark == "mme":
+        categories = sum(name.endswith("_acc") for name in result.metrics)
+        return result.metrics["total"] / (2 * categories)
+    return result.metrics["accuracy" if result.benchmark == "pope" else result.headline]
+
+
+def unanswerable(rows: Sequence[Row], data: Path) -> float:
+    """Return how many of VizWiz's unanswerable questions were seen to be so, in percent: not part of any mean."""
+    wanted = {(e["image"], e["question"]) for e in json.loads((data / "vizwiz" / "unanswerable.json").read_text())}
+    asked = {q.id: (q.image, q.text.split("\n")[0]) for q in benchmarks.get("vizwiz").questions(_questions(data))}
+    said = [row["text"].strip().lower() == UNANSWERABLE for row in rows if asked[row["question_id"]] in wanted]
+    return 100 * sum(said) / len(said)
+
+
+def _questions(data: Path) -> Path:
+    return data / "vizwiz" / benchmarks.get("vizwiz").question_file
+
+
+def controls(model_path: str, data: Path, out: Path, words: Sequence[str] = ()) -> dict[str, dict[str, float]]:
+    """Answer everything with the whole image, the thumbnail alone and a grey picture; returns percent by task.
+
+    Args:
+        model_path: the checkpoint.
+        data: folder of the written benchmark; the grey one is written beside it.
+        out: answers are written here.
+        words: further options of `llava.eval.grid`.
+    """
+    blank = data.with_name(data.name + "-blank")
+    if not (data / "truth.json").exists():
+        write_benchmarks(data)
+    if not (blank / "truth.json").exists():
+        write_benchmarks(blank, blank=True)
+    found: dict[str, dict[str, float]] = {}
+    for name, folder, method in (
+        ("full", data, "none"),
+        ("thumbnail", data, "thumbnail_only"),
+        ("blank", blank, "none"),
+    ):
+        given = ["--model-path", model_path, "--data", str(folder), "--out", str(out / folder.name)]
+        grid.run(grid.build_parser().parse_args([*given, "--methods", method, *words]))
+        runs = collect(out / folder.name, folder, model_path)
+        found[name] = {run.benchmark: percent(run.result) for run in runs if run.key[0] == method}
+        found[name]["mean"] = sum(found[name].values()) / len(found[name])
+        answers = next((out / folder.name / "vizwiz").glob(f"{method}-*.jsonl"))
+        found[name]["unanswerable"] = unanswerable(read_jsonl(answers), folder)
+    return found
+
+
+METHODS = ("random", "uniform", "globalcom2", "globalcom2(alpha=0.0)", "globalcom2(alpha=1.0)")
+
+
+def main() -> None:
+    """Run the command."""
+    parser = OneLineParser(prog="llava.pocket.gates", description=(__doc__ or "").split(":")[0])
+    parser.add_argument("--model-path", default="playground/pocket")
+    parser.add_argument("--data", type=Path, default=Path("playground/data/pocket"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("playground/data/pocket-gates"), help="answers are written here"
+    )
+    parser.add_argument("--heads", type=Path, help="state of stage 1 (see.pt): also test what its features tell")
+    parser.add_argument("--scenes", type=at_least(1), default=110, help="for everything but questions")
+    parser.add_argument("--ratio", type=float, default=0.1, help="for coverage")
+    args = parser.parse_args()
+    _, model, processor, _ = load_pretrained_model(args.model_path, device="cpu")
+    scenes = [make_scene("test", index) for index in range(args.scenes)]
+    tower = model.get_vision_tower()
+    found: dict[str, Any] = {}
+    if args.heads:
+        seeing = Seeing(tower.vision_tower)
+        seeing.load_state_dict(torch.load(args.heads, weights_only=True)["model"])
+        found["sight"] = sight(seeing, scenes, processor, model.config)
+    found["attention"] = attention_on_things(tower.vision_tower, tower.depth, scenes, processor, model.config)
+    specs = [get(spec, retention_ratio=args.ratio) for spec in METHODS]
+    found["coverage"] = {str(spec): coverage(model, processor, scenes, str(spec)) for spec in specs}
+    found["controls"] = controls(args.model_path, args.data, args.out)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    run_command(main)

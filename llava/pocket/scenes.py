@@ -264,7 +264,7 @@ def _shape(kind: str, side: int, inset: float) -> NDArray[np.float32]:
         third = (high - low) / 3
         draw.rectangle((low + third, low, high - third, high), fill=255)
         draw.rectangle((low, low + third, high, high - third), fill=255)
-    return np.asarray(image.reduce(4), np.float32) / 255
+    return np.asarray(image.reduce(4), np.float32) / np.float32(255)
 
 
 @lru_cache(maxsize=2048)
@@ -279,7 +279,7 @@ def _glyph(font: str, character: str, across: int) -> NDArray[np.float32]:
     ImageDraw.Draw(drawn).text((-left, -top), character, fill=255, font=face)
     drawn = drawn.resize((min(drawn.width, width), min(drawn.height, height)), Image.Resampling.LANCZOS)
     image.paste(drawn, ((width - drawn.width) // 2, (height - drawn.height) // 2))
-    return np.asarray(image, np.float32) / 255
+    return np.asarray(image, np.float32) / np.float32(255)
 
 
 @cache

@@ -53,7 +53,7 @@ class Config:
     language: tuple[int, int] = (192, 5)
     """Width and layers of the language model."""
     see: Stage = Stage(steps=1800, scenes=32, rate=2e-3)
-    talk: Stage = Stage(steps=4500, scenes=8, rate=1.5e-3)
+    talk: Stage = Stage(steps=3300, scenes=8, rate=1.5e-3)
 
 
 def processor() -> Any:
@@ -132,7 +132,7 @@ class Conversations(Dataset[Conversation]):
 
 def loader(data: Dataset[Any], workers: int) -> Iterator[Any]:
     """Yield a dataset's batches in order, made by worker processes that keep ahead."""
-    kept = {"multiprocessing_context": "forkserver", "prefetch_factor": 4} if workers else {}
+    kept: dict[str, Any] = {"multiprocessing_context": "forkserver", "prefetch_factor": 4} if workers else {}
     return iter(DataLoader(data, batch_size=None, num_workers=workers, **kept))
 
 
@@ -186,7 +186,8 @@ def run_stage(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    log, saved, began = {}, time.monotonic(), time.monotonic()
+    log: dict[str, float] = {}
+    saved = began = time.monotonic()
     for number, batch in enumerate(batches(range(start, stage.steps)), start):
         with torch.autocast(args.device, torch.bfloat16, enabled=not args.fp32):
             found = model(batch.to(args.device))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from llava.eval.benchmarks._mmbench import ROTATION
 from llava.eval.benchmarks._mmbench_table import LETTERS, rotated
@@ -232,13 +233,14 @@ def ask_about(scenes: Sequence[Scene], task: str) -> list[tuple[Scene, Asked]]:
     return asked
 
 
-def write_benchmarks(root: Path, split: str = "test", scenes: int = SCENES) -> Path:
+def write_benchmarks(root: Path, split: str = "test", scenes: int = SCENES, blank: bool = False) -> Path:
     """Write the ten data sets.
 
     Args:
         root: folder of their folders, as `playground/data/eval` is of the real ones'.
         split: see `make_scene`.
         scenes: number of scenes.
+        blank: the same questions about grey pictures, which show what can be had without looking.
 
     Returns:
         The folder.
@@ -246,7 +248,8 @@ def write_benchmarks(root: Path, split: str = "test", scenes: int = SCENES) -> P
     (root / "scenes").mkdir(parents=True, exist_ok=True)
     drawn = [make_scene(split, index) for index in range(scenes)]
     for scene in drawn:
-        scene.image.save(scene_file(root, scene))
+        picture = Image.new("RGB", scene.image.size, (128, 128, 128)) if blank else scene.image
+        picture.save(scene_file(root, scene))
     truth = {}
     for task, (folder, write) in WRITERS.items():
         book = Book(root / folder, task, ask_about(drawn, task))
@@ -262,8 +265,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", default="test", help="train, val or test")
     parser.add_argument("--scenes", type=at_least(1), default=SCENES)
+    parser.add_argument("--blank", action="store_true", help="grey pictures: what can be had without looking")
     args = parser.parse_args()
-    print(write_benchmarks(args.folder, args.split, args.scenes))
+    print(write_benchmarks(args.folder, args.split, args.scenes, args.blank))
 
 
 if __name__ == "__main__":

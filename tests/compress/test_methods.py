@@ -32,6 +32,7 @@ RATIOS = (0.75, 0.5, 0.25, 0.1)
 LAYOUTS = [Layout(), Layout(unpad=False, newline="none"), Layout(unpad=False, newline="none", placement="flat")]
 
 every_method = pytest.mark.parametrize("name", available())
+every_method_with_a_ratio = pytest.mark.parametrize("name", [n for n in available() if method_class(n).has_ratio])
 every_image = pytest.mark.parametrize("image", IMAGES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -93,7 +94,7 @@ def test_kept_tokens(name: str, image: str, dtype: torch.dtype, ratio: float) ->
         assert selection.order.device == selection.count.device == views.features.device
 
 
-@every_method
+@every_method_with_a_ratio
 @every_image
 @every_dtype
 def test_keeping_everything_is_no_compression(name: str, image: str, dtype: torch.dtype) -> None:

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The pocket benchmark: ten tasks × methods × ratios on the shipped checkpoint, then table, curve and kept tokens in OUT:
+#   METHODS="globalcom2 random uniform" RATIOS="0.75 0.5 0.25 0.1" LIMIT=100 bash scripts/v1_5/eval/pocket.sh
+# SWEEP=1 adds GlobalCom² over τ and α at 0.25. Scenes are drawn when they are missing; nothing is downloaded.
+CKPT=${CKPT:-playground/pocket} DATA=${DATA:-playground/data/pocket}
+OUT=${OUT:-playground/data/pocket/out${LIMIT:+-first$LIMIT}}
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
+read -ra ratios <<< "${RATIOS:-0.75 0.5 0.25 0.1}"
+mapfile -t methods < <(tr ' ' '\n' <<< "${METHODS:-globalcom2}") # fields of a method without spaces
+runs=(--root "$OUT" --data "$DATA" --model-path "$CKPT")
+grid() { run "$PYTHON" -m llava.eval.grid --model-path "$CKPT" --data "$DATA" --out "$OUT" ${LIMIT:+--limit "$LIMIT"} "$@"; }
+
+[[ -f $DATA/truth.json ]] || run "$PYTHON" -m llava.pocket.write "$DATA"
+grid --methods "${methods[@]}" --ratios "${ratios[@]}"
+if [[ -n ${SWEEP:-} ]]; then
+    grid --ratios 0.25 --methods "globalcom2(temperature="{0.1,1.0,3.0,30.0,100.0}")" "globalcom2(alpha="{0.0,0.25,0.75,1.0}")"
+    run "$PYTHON" -m llava.eval.plots "${runs[@]}" --field temperature --log --output "$OUT/temperature.png"
+    run "$PYTHON" -m llava.eval.plots "${runs[@]}" --field alpha --output "$OUT/alpha.png"
+fi
+run "$PYTHON" -m llava.eval.table "${runs[@]}"
+run "$PYTHON" -m llava.eval.plots "${runs[@]}" --output "$OUT/retention.png"
+for scene in 0000 0001 0002 0003; do
+    run "$PYTHON" -m llava.visualize --model-path "$CKPT" --image-file "$DATA/scenes/$scene.png" \
+        --retention-ratio 0.25 --output "$OUT/kept-$scene.png"
+done
