@@ -127,6 +127,8 @@ def answer_row(answer: Answer, model_id: str, method: str, ratio: float) -> Row:
     question = answer.question
     metadata: Row = {"method": method, "retention_ratio": ratio}
     metadata |= {"visual_tokens": answer.kept, "total_visual_tokens": answer.total}
+    if question.image:
+        metadata["image"] = question.image
     if answer.error:
         metadata["error"] = answer.error
     return {

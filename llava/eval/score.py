@@ -7,14 +7,14 @@ compares with a second answers file question by question; `--export` writes what
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava.constants import InputError
 from llava.eval.benchmarks import available, get
 from llava.eval.benchmarks.base import Benchmark, Result, read_jsonl
-from llava.eval.intervals import LEVEL, RESAMPLES, Interval, interval, paired_difference
+from llava.eval.intervals import LEVEL, RESAMPLES, Interval, interval, paired_difference, pictures
 from llava.utils import OneLineParser, run_command
 
 DATA = Path("playground/data/eval")
@@ -48,20 +48,21 @@ def report(benchmark: Benchmark, answers: Path, data: Path, against: Path | None
     Raises:
         InputError: answers or labels cannot be read, or there is nothing to compare.
     """
-    result = benchmark.score(read_jsonl(answers), data)
+    rows = read_jsonl(answers)
+    result, about = benchmark.score(rows, data), pictures(rows)
     fields = {key: getattr(result, key) for key in ("benchmark", "scored", "headline", "n", "metrics", "notes")}
     summary = {**fields, "notes": list(result.notes), "answers_file": str(answers)}
     summary["value"] = result.metrics.get(result.headline)
-    summary["interval"] = _as_json(interval(result.per_question)) if result.per_question else None
+    summary["interval"] = _as_json(interval(result.per_question, about)) if result.per_question else None
     if against is not None:
-        summary["difference"] = _compare(result, benchmark.score(read_jsonl(against), data), against)
+        summary["difference"] = _compare(result, benchmark.score(read_jsonl(against), data), about, against)
     return summary
 
 
-def _compare(ours: Result, theirs: Result, file: Path) -> dict[str, Any]:
+def _compare(ours: Result, theirs: Result, about: Mapping[str, str], file: Path) -> dict[str, Any]:
     if ours.headline != theirs.headline:
         raise InputError(f"{str(file)!r} yields {theirs.headline}, this run {ours.headline}; compare like runs")
-    found = _as_json(paired_difference(ours.per_question, theirs.per_question))
+    found = _as_json(paired_difference(ours.per_question, theirs.per_question, about))
     total = max(len(ours.per_question), len(theirs.per_question))
     return {**found, "against": str(file), "unshared": total - found["n"], "notes": list(theirs.notes)}
 

@@ -19,7 +19,7 @@ from llava.compress import method_class
 from llava.constants import InputError
 from llava.eval import benchmarks
 from llava.eval.benchmarks.base import Result, read_jsonl
-from llava.eval.intervals import Interval, paired_difference
+from llava.eval.intervals import Interval, paired_difference, pictures
 from llava.eval.journal import RECORD, SUMMARY
 from llava.eval.published import COLUMNS, TABLES, TIMES, TITLES, UPPER
 from llava.utils import OneLineParser, run_command
@@ -39,6 +39,8 @@ class Run:
     config: Mapping[str, Any]
     """Everything answers depend on, the method left out: what two runs must share to be compared."""
     result: Result
+    pictures: Mapping[str, str]
+    """Question id -> what it is about."""
     seconds: float | None
     """Wall time from the first picture to the last answer, if it was one uninterrupted run."""
 
@@ -79,10 +81,17 @@ def collect(root: Path, data: Path, model: str | None = None) -> list[Run]:
         if not answers.is_file() or (model is not None and config["model_path"] != model):
             continue
         benchmark = benchmarks.get(config["benchmark"])
-        result = benchmark.score(read_jsonl(answers), data / benchmark.folder)
-        key = method_key(config.pop("method"))
-        run = Run(benchmark=benchmark.name, key=key, config=config, result=result, seconds=_seconds(answers))
-        runs.append(run)
+        rows, key = read_jsonl(answers), method_key(config.pop("method"))
+        runs.append(
+            Run(
+                benchmark=benchmark.name,
+                key=key,
+                config=config,
+                result=benchmark.score(rows, data / benchmark.folder),
+                pictures=pictures(rows),
+                seconds=_seconds(answers),
+            )
+        )
     models = sorted({str(run.config["model_path"]) for run in runs})
     if not runs:
         raise InputError(f"no finished answers under {str(root)!r}; run scripts/v1_5/eval/run_grid.sh first")
@@ -142,7 +151,8 @@ def compare(runs: Sequence[Run]) -> dict[Key, dict[str, Any]]:
             continue
         row["scores"][run.benchmark] = run.value
         if run is not bound:
-            row["differences"][run.benchmark] = paired_difference(run.result.per_question, bound.result.per_question)
+            ours, theirs = run.result.per_question, bound.result.per_question
+            row["differences"][run.benchmark] = paired_difference(ours, theirs, run.pictures)
         if bound.value:
             shares[run.key].append(100 * run.value / bound.value)
     for key, row in rows.items():

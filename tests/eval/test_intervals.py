@@ -1,10 +1,12 @@
 """Bootstrap intervals: against the textbook's draw, paired, seeded, and of sensible width."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from llava.constants import InputError
-from llava.eval.intervals import interval, paired_difference
+from llava.eval.intervals import interval, paired_difference, pictures
 
 
 def scores(seed: int, n: int = 400) -> dict[int, float]:
@@ -53,6 +55,38 @@ def test_many_questions_and_many_values() -> None:
     run = dict(enumerate(np.random.default_rng(0).normal(size=20_000)))
     found = interval(run, resamples=1000)
     assert found.high - found.low == pytest.approx(2 * 1.96 / 20_000**0.5, rel=0.2)
+
+
+def test_questions_about_a_picture_are_drawn_together() -> None:
+    """Against the textbook's draw of clusters of unequal size; ids come alone, as text, or first in a longer key."""
+    generator = np.random.default_rng(3)
+    sizes = generator.integers(1, 6, 80)
+    hard = generator.choice([0.0, 100.0], 80)
+    run: dict[Any, float] = {}
+    about = {}
+    for number, (size, value) in enumerate(zip(sizes, hard, strict=True)):
+        for turn in range(size):
+            name = f"{number}-{turn}"
+            run[(name, "what?") if turn % 2 else name] = value
+            about[name] = f"{number}.png"
+    drawn = generator.integers(0, 80, (10_000, 80))
+    means = (hard * sizes)[drawn].sum(1) / sizes[drawn].sum(1)
+    found = interval(run, about)
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=1)
+    assert found.n == sizes.sum()
+    alone = interval(run)
+    assert found.high - found.low > 1.3 * (alone.high - alone.low)
+    assert interval(run, {"nobody": "x.png"}) == alone
+
+
+def test_pictures_are_read_from_rows() -> None:
+    rows = [
+        {"question_id": 1, "metadata": {"image": "a.png"}},
+        {"question_id": "2", "metadata": {}},
+        {"question_id": 3},
+        {"question_id": 4, "metadata": None},
+    ]
+    assert pictures(rows) == {"1": "a.png"}
 
 
 def test_nothing_to_compare() -> None:

@@ -6,7 +6,7 @@ CKPT=${CKPT:-playground/pocket} DATA=${DATA:-playground/data/pocket}
 OUT=${OUT:-playground/data/pocket/out${LIMIT:+-first$LIMIT}}
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 read -ra ratios <<< "${RATIOS:-0.75 0.5 0.25 0.1}"
-mapfile -t methods < <(tr ' ' '\n' <<< "${METHODS:-globalcom2}") # fields of a method without spaces
+read -ra methods <<< "${METHODS:-globalcom2}"
 runs=(--root "$OUT" --data "$DATA" --model-path "$CKPT")
 grid() { run "$PYTHON" -m llava.eval.grid --model-path "$CKPT" --data "$DATA" --out "$OUT" ${LIMIT:+--limit "$LIMIT"} "$@"; }
 
