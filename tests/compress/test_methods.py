@@ -184,6 +184,19 @@ def test_methods_are_frozen_records_that_read_back(name: str) -> None:
 # --- the controls ----------------------------------------------------------------------------------------------------
 
 
+@every_image
+def test_the_thumbnail_alone(image: str) -> None:
+    for layout in LAYOUTS:
+        views = views_of(IMAGES[image], "thumbnail_only", layout=layout)
+        packed = packed_of(views, get("thumbnail_only").select(views))
+        whole = packed_of(views, get("none").select(views))
+        if image == "single":
+            assert torch.equal(packed.features, whole.features)
+        else:
+            assert packed.origin.tolist() == list(range(SIDE**2))
+            assert torch.equal(packed.features, whole.features[: SIDE**2])
+
+
 @pytest.mark.parametrize("name", ["random", "uniform"])
 @every_image
 def test_controls_share_the_budget_by_size(name: str, image: str) -> None:

@@ -1,0 +1,47 @@
+"""Curves: which runs are on which, and that a file comes of them."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava.constants import InputError
+from llava.eval.plots import against_field, against_ratio, draw
+
+ROWS = {
+    ("none", 1.0): {"average": 100.0},
+    ("globalcom2", 0.5): {"average": 96.0},
+    ("globalcom2", 0.25): {"average": 90.0},
+    ("globalcom2(alpha=0.0)", 0.25): {"average": 80.0},
+    ("globalcom2(alpha=1.0)", 0.25): {"average": 85.0},
+    ("globalcom2(alpha=1.0, profile='paper')", 0.25): {"average": 70.0},
+    ("globalcom2(alpha=0.2, profile='paper')", 0.25): {"average": 71.0},
+    ("random", 0.25): {"average": 60.0},
+    ("uniform", 0.25): {"average": None},
+    ("thumbnail_only", 0.0): {"average": 75.0},
+}
+
+
+def test_against_the_ratio_every_method_ends_at_the_upper_bound() -> None:
+    curves = against_ratio(ROWS)
+    assert curves["globalcom2"] == [(25, 90), (50, 96), (100, 100)]
+    assert curves["random"] == [(25, 60), (100, 100)]
+    assert not {"uniform", "thumbnail_only", "none"} & curves.keys()
+
+
+def test_against_a_field_runs_differ_in_nothing_else() -> None:
+    assert against_field(ROWS, "alpha") == {
+        "globalcom2, R = 0.25": [(0.0, 80), (0.5, 90), (1.0, 85)],
+        "globalcom2(profile='paper'), R = 0.25": [(0.2, 71), (1.0, 70)],
+    }
+    for field in ("temperature", "nosuch", "name"):
+        with pytest.raises(InputError, match="several values"):
+            against_field(ROWS, field)
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_a_picture_is_drawn(tmp_path: Path, logarithmic: bool) -> None:
+    draw(against_ratio(ROWS), "x", tmp_path / "a.png", logarithmic)
+    with Image.open(tmp_path / "a.png") as image:
+        assert min(image.size) > 300
+        assert len(set(image.convert("RGB").get_flattened_data())) > 50
