@@ -15,7 +15,7 @@ from llava.compress.base import Compressor, Layout, Taps, Views
 
 @dataclass
 class Session:
-    """What was recorded inside the encoder, by layer counted from the end; see `Views` for the shapes."""
+    """What was recorded inside the encoder, by layer as `Taps` names it; see `Views` for the shapes."""
 
     layers: nn.ModuleList
     taps: Taps
@@ -29,11 +29,12 @@ class Session:
 
     def record(self, index: int, hidden: Tensor) -> None:
         """Record what is wanted of layer `index` (from the start) given its input `[V, 1 + N, C]`."""
-        layer, from_end = self.layers[index], index - len(self.layers)
-        if from_end in self.taps.cls:
-            self.cls_logits[from_end] = cls_logits(layer, hidden)
-        if from_end in self.taps.keys:
-            self.keys[from_end] = patch_keys(layer, hidden)
+        layer = self.layers[index]
+        for name in (index, index - len(self.layers)):  # counted from the start, and from the end
+            if name in self.taps.cls:
+                self.cls_logits[name] = cls_logits(layer, hidden)
+            if name in self.taps.keys:
+                self.keys[name] = patch_keys(layer, hidden)
 
     def finish(self, index: int, hidden: Tensor) -> None:
         """Record the layers the tower did not run, given the input of the first of them.

@@ -5,7 +5,7 @@ what it intends for an image of a given size (`Plan`) and chooses tokens (`Selec
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -50,7 +50,7 @@ def resolve_ratio(ratio: float | None) -> float:
 
 
 class Taps(NamedTuple):
-    """What a method reads inside the encoder; layers are counted from the end (-1 = last)."""
+    """What a method reads inside the encoder; layers are counted from the end (-1 = last) or the start (0 = first)."""
 
     cls: tuple[int, ...] = ()
     keys: tuple[int, ...] = ()
@@ -79,9 +79,9 @@ class Views:
     """`[V, N, C]`, the input of the projector."""
     grid: AnyResGrid
     cls_logits: Mapping[int, Tensor] = field(default_factory=dict)
-    """Layer (from the end) -> `[V, H, 1 + N]`: scaled q·k of the [CLS] query before softmax, column 0 is [CLS]."""
+    """Layer (as in `Taps`) -> `[V, H, 1 + N]`: scaled q·k of the [CLS] query before softmax, column 0 is [CLS]."""
     keys: Mapping[int, Tensor] = field(default_factory=dict)
-    """Layer (from the end) -> `[V, N, C]`: the keys of the patches."""
+    """Layer (as in `Taps`) -> `[V, N, C]`: the keys of the patches."""
     layout: Layout = Layout()
     """The sequence format the checkpoint was trained with."""
     valid: Tensor = None  # type: ignore[assignment]
@@ -110,7 +110,7 @@ class Extra:
     view: Tensor
     """`[E]`, view index."""
     anchor: Tensor
-    """`[E]`, patch id in that view; N puts the token behind the whole view (crops: behind the whole canvas)."""
+    """`[E]`, patch id in that view; -1 puts the token before the whole view, N behind it (crops: the whole canvas)."""
 
 
 @dataclass(kw_only=True)
@@ -140,6 +140,45 @@ class Selection:
         best = [order[:count] for order, count in zip(self.order, self.count.tolist(), strict=True)]
         by_score = self.layout.thumbnail == "score"
         return [b if view == 0 and by_score else b.sort().values for view, b in enumerate(best)]
+
+
+PAD, PREFIX, VISUAL, NEWLINE, TEXT = range(5)
+"""What a token of the sequence is: padding, text before the first image, patch, newline, any other text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTokens:
+    """The sequence between two layers of the language model, at prefill."""
+
+    layer: int
+    """The layer that just ran."""
+    depth: int
+    """Layers of the language model."""
+    hidden: Tensor
+    """`[B, L, D]`, its output."""
+    role: Tensor
+    """`[B, L]`: PAD, PREFIX, VISUAL, NEWLINE or TEXT."""
+    n_visual: tuple[int, ...]
+    """B numbers of image tokens, newlines included, that entered the language model."""
+    attention: Callable[[Tensor], Tensor]
+    """Rows `[B, Q]` -> attention of the layer that just ran, `[B, H, Q, L]` in float32, only these rows recomputed."""
+
+    @property
+    def image(self) -> Tensor:
+        """Bool `[B, L]`: the token belongs to an image; released in-LLM methods rank newlines like patches."""
+        return (self.role == VISUAL) | (self.role == NEWLINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """What goes on to the next layer."""
+
+    keep: Tensor
+    """Bool `[B, L]`; padding does not matter."""
+    n_visual: tuple[int, ...]
+    """B numbers of image tokens kept: they follow from sizes alone, so that nothing is read from the device."""
+    positions: str = "keep"
+    """`keep` the tokens' positions, with gaps, or `repack` them without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +255,27 @@ class Compressor:
     def select_all(self, batch: Sequence[Views]) -> list[Selection]:
         """Choose the tokens of every image of a call, each on its own."""
         return [self.select(views) for views in batch]
+
+    @property
+    def llm_points(self) -> tuple[int, ...]:
+        """Layers of the language model after which `reduce_in_llm` is asked, ascending."""
+        return ()
+
+    def reduce_in_llm(self, tokens: LayerTokens) -> Reduction:
+        """Choose what the layers after `tokens.layer` get to see; must keep all text."""
+        raise NotImplementedError(f"{self.name} has no llm_points")
+
+    def visual_per_layer(self, n_visual: int, depth: int) -> tuple[int, ...]:
+        """Return the image tokens, newlines included, that every layer of the language model will run on.
+
+        Args:
+            n_visual: how many enter it.
+            depth: its layers.
+
+        Raises:
+            InputError: the method cannot meet its ratio in a model of that depth.
+        """
+        return (n_visual,) * depth
 
     def __str__(self) -> str:
         """The method in call syntax, with the fields that differ from their defaults; `get` reads it back."""

@@ -123,7 +123,8 @@ def _newline_rows(views: Views, selection: Selection) -> Tensor:
 
 
 def _extra_places(views: Views, table: Tensor, view: Tensor, anchor: Tensor) -> Tensor:
-    """Sort keys `[E]` of appended tokens: the place of the anchor, or behind the view where the anchor is N."""
+    """Sort keys `[E]` of appended tokens: the place of the anchor, before the view (anchor -1) or behind it (N)."""
     n = views.grid.patches_per_view
-    behind = torch.where(view == 0, n, _NEVER)
-    return torch.where(anchor < n, table[view, anchor.clamp_max(n - 1)], behind)
+    before, behind = torch.where(view == 0, -1, n), torch.where(view == 0, n, _NEVER)
+    place = torch.where(anchor < n, table[view, anchor.clamp(0, n - 1)], behind)
+    return torch.where(anchor < 0, before, place)

@@ -77,6 +77,8 @@ class Trace:
     images: list[ImageTrace] = field(default_factory=list)
     sequence_lengths: list[int] = field(default_factory=list)
     """Tokens entering the language model, per row of the batch, padding not counted."""
+    visual_per_layer: list[tuple[int, ...]] = field(default_factory=list)
+    """Per row of the batch, the image tokens, newlines included, that every layer of the language model ran on."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of every stage: vision, selection, packing (projector included), prefill, decode."""
 

@@ -11,6 +11,8 @@ from itertools import product
 from pathlib import Path
 
 from llava.compress import get
+from llava.compress.base import parse_ratio
+from llava.constants import InputError
 from llava.eval import answer, benchmarks
 from llava.eval.published import COLUMNS, UPPER
 from llava.utils import OneLineParser, at_least, run_command
@@ -50,6 +52,13 @@ def words(args: argparse.Namespace, name: str, method: str, ratio: float) -> Ite
         yield from ("--limit", str(args.limit))
 
 
+def _ratio(text: str) -> float:
+    try:
+        return parse_ratio(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = OneLineParser(prog="llava.eval.grid", description=(__doc__ or "").split(":")[0])
@@ -58,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="answers are written here")
     parser.add_argument("--benchmarks", nargs="+", default=COLUMNS, choices=COLUMNS, metavar="NAME")
     parser.add_argument("--methods", nargs="+", default=["globalcom2"], help="names, or calls with fields")
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.5, 0.25, 0.1])
+    parser.add_argument("--ratios", nargs="+", type=_ratio, default=[0.75, 0.5, 0.25, 0.1])
     parser.add_argument("--limit", type=at_least(1), help="the first N questions of each benchmark only")
     parser.add_argument("--batch-size", type=at_least(1), default=16)
     parser.add_argument("--max-new-tokens", type=at_least(1), default=64)

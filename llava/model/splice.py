@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from llava.compress.base import NEWLINE, PAD, PREFIX, TEXT, VISUAL
+from llava.compress.pack import NEWLINE as NEWLINE_ORIGIN
 from llava.compress.pack import Packed
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, InputError
 
@@ -23,12 +25,19 @@ class Spliced:
     """`[B, L]`, counted without padding."""
     labels: Tensor | None
     """`[B, L]`, IGNORE_INDEX on images and padding."""
-    visual: Tensor
-    """Bool `[B, L]`: the token belongs to an image."""
+    role: Tensor
+    """`[B, L]`: what every token is, as in `compress.base`."""
     lengths: list[int]
     """Tokens per row, padding not counted."""
+    n_visual: tuple[int, ...]
+    """Image tokens per row, newlines included."""
     prefix_lengths: list[int]
     """Per row, the tokens up to and including the last image (0 without one): what its questions share."""
+
+    @property
+    def visual(self) -> Tensor:
+        """Bool `[B, L]`: the token belongs to an image."""
+        return (self.role == VISUAL) | (self.role == NEWLINE)
 
 
 def splice(
@@ -66,17 +75,20 @@ def splice(
     text = torch.cat([row[start:end] for row, segments in zip(rows, cuts, strict=True) for start, end in segments])
     words = iter(embed(text).split([end - start for segments in cuts for start, end in segments]))
     images = (image.features for image in packed)
-    embeds, visual, targets, prefixes = [], [], [], []
+    embeds, roles, targets, prefixes, n_visual = [], [], [], [], []
+    origins = (image.origin for image in packed)
     for index, segments in enumerate(cuts):
         parts = _interleave(words, images, len(segments))
-        sizes = text.new_tensor([len(part) for part in parts])
         embeds.append(torch.cat([part.to(parts[0]) for part in parts]))
-        visual.append((torch.arange(len(parts), device=text.device) % 2 == 1).repeat_interleave(sizes))
+        roles.append(torch.cat([_role(number, part, origins) for number, part in enumerate(parts)]))
+        if len(parts) == 1:
+            roles[-1].fill_(TEXT)
         prefixes.append(sum(map(len, parts[:-1])) if len(parts) > 1 else 0)
+        n_visual.append(sum(map(len, parts[1::2])))
         if labels is not None:
-            target = torch.full_like(visual[-1], IGNORE_INDEX, dtype=labels.dtype)
+            target = torch.full_like(roles[-1], IGNORE_INDEX, dtype=labels.dtype)
             own = labels[index].to(input_ids.device)[keep[index]]
-            target[~visual[-1]] = own[rows[index] != IMAGE_TOKEN_INDEX]
+            target[_is_text(roles[-1])] = own[rows[index] != IMAGE_TOKEN_INDEX]
             targets.append(target)
     lengths = [len(row) for row in embeds]
 
@@ -91,10 +103,22 @@ def splice(
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).clamp_min(0),
         labels=None if labels is None else pad(targets, IGNORE_INDEX),
-        visual=pad(visual, False),
+        role=pad(roles, PAD),
         lengths=lengths,
+        n_visual=tuple(n_visual),
         prefix_lengths=prefixes,
     )
+
+
+def _role(number: int, part: Tensor, origins: Iterator[Tensor]) -> Tensor:
+    """What the tokens of a part are: `[T]`; every second part is an image, whose origin is taken."""
+    if number % 2 == 0:
+        return torch.full((len(part),), TEXT if number else PREFIX, device=part.device)
+    return torch.where(next(origins) == NEWLINE_ORIGIN, NEWLINE, VISUAL)
+
+
+def _is_text(role: Tensor) -> Tensor:
+    return (role == PREFIX) | (role == TEXT)
 
 
 def _interleave(words: Iterator[Tensor], images: Iterator[Tensor], stretches: int) -> list[Tensor]:

@@ -142,7 +142,10 @@ def percent(result: Result) -> float:
     if result.benchmark == "mme":
         categories = sum(name.endswith("_acc") for name in result.metrics)
         return result.metrics["total"] / (2 * categories)
-    return result.metrics["accuracy" if result.benchmark == "pope" else result.headline]
+    if result.benchmark == "pope":
+        accuracies = [value for name, value in result.metrics.items() if name.startswith("accuracy_")]
+        return sum(accuracies) / len(accuracies)
+    return float(result.metrics[result.headline])
 
 
 def unanswerable(rows: Sequence[Row], data: Path) -> float:
@@ -150,7 +153,7 @@ def unanswerable(rows: Sequence[Row], data: Path) -> float:
     wanted = {(e["image"], e["question"]) for e in json.loads((data / "vizwiz" / "unanswerable.json").read_text())}
     asked = {q.id: (q.image, q.text.split("\n")[0]) for q in benchmarks.get("vizwiz").questions(_questions(data))}
     said = [row["text"].strip().lower() == UNANSWERABLE for row in rows if asked[row["question_id"]] in wanted]
-    return 100 * sum(said) / len(said)
+    return float(100 * sum(said) / len(said))
 
 
 def _questions(data: Path) -> Path:

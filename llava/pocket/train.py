@@ -280,7 +280,7 @@ def train(config: Config, args: argparse.Namespace) -> Path:
     record.write_text(now)
     tower = see(config, args).tower.state_dict()
     talk(config, args, tower)
-    return args.work / "checkpoint"
+    return Path(args.work / "checkpoint")
 
 
 def main() -> None:

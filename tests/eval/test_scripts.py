@@ -27,7 +27,7 @@ NAMES = {
     "vqav2": "vqav2", "gqa": "gqa", "vizwiz": "vizwiz", "sqa": "scienceqa", "textvqa": "textvqa", "pope": "pope",
     "mme": "mme", "mmbench": "mmbench", "mmbench_cn": "mmbench_cn", "mmvet": "mmvet",
 }  # fmt: skip
-OTHERS = {"check_data", "run_grid"}
+OTHERS = {"check_data", "pocket", "run_grid"}
 LINE_101 = f"globalcom2-{retention_ratio}"
 PARSE = OneLineParser.parse_args
 

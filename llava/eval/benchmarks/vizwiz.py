@@ -1,5 +1,6 @@
 """VizWiz (arXiv 1802.08218): questions of blind people; test scored by EvalAI, val here."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ Labels = Mapping[str, Mapping[str, Label]]
 class _Asked(NamedTuple):
     image: str
     question: str
+    alone: bool
+    """It is the only question of its file about the picture."""
 
 
 class VizWiz(JsonlBenchmark):
@@ -71,8 +74,10 @@ class VizWiz(JsonlBenchmark):
 
     def _asked(self, file: Path, answers: Mapping[Any, Row]) -> dict[Any, _Asked]:
         """Find the answers' questions in a question file; an answer with another prompt is not to that file."""
-        questions = self.questions(file) if file.exists() else ()
-        return {q.id: _asked(q) for q in questions if q.id in answers and answers[q.id].get("prompt") == q.text}
+        questions = list(self.questions(file)) if file.exists() else []
+        number = Counter(q.image for q in questions)
+        known = (q for q in questions if q.id in answers and answers[q.id].get("prompt") == q.text)
+        return {q.id: _asked(q, number[q.image] == 1) for q in known}
 
     def export(self, rows: Sequence[Row], data: Path, output: Path) -> list[Path]:
         """Write EvalAI's `[{image, answer}]`.
@@ -83,14 +88,14 @@ class VizWiz(JsonlBenchmark):
         return export_test(rows, data / self.question_file, export_path(output, "vizwiz_test.json"))
 
 
-def _asked(question: Question) -> _Asked:
-    return _Asked(question.image or "", question.text.split("\n")[0].strip())
+def _asked(question: Question, alone: bool) -> _Asked:
+    return _Asked(question.image or "", question.text.split("\n")[0].strip(), alone)
 
 
 def _label(labels: Labels, asked: _Asked) -> Label | None:
-    """Return a picture's label; its question decides only where several were asked about it."""
+    """Return a picture's label; its question decides only where there are several."""
     found = labels.get(asked.image, {})
-    return next(iter(found.values())) if len(found) == 1 else found.get(asked.question)
+    return next(iter(found.values())) if len(found) == 1 and asked.alone else found.get(asked.question)
 
 
 def export_test(rows: Sequence[Row], questions: Path, file: Path) -> list[Path]:

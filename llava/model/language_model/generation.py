@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llava.compress.trace import GenerationClock, Trace
 from llava.model.language_model.branches import Branches, branching
+from llava.model.language_model.inside import drop_inside
 from llava.model.language_model.prefix import SharedPrefix
 from llava.model.llava_arch import LlavaMetaForCausalLM
 
@@ -99,8 +100,12 @@ class ImageGeneration(LlavaMetaForCausalLM):
         s = self.splice_images(ids, attention_mask, None, images, image_sizes, padding_side="left", trace=trace)
         steps = GenerationClock(trace, s.inputs_embeds.device)
         kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), *steps.criteria]
-        with steps:
-            return self._continue(inputs_embeds=s.inputs_embeds, attention_mask=s.attention_mask, **kwargs)
+        with steps, drop_inside(self.get_model(), self.method, s.role, s.n_visual) as session:
+            answer = self._continue(inputs_embeds=s.inputs_embeds, attention_mask=s.attention_mask, **kwargs)
+        session.check()
+        if trace:
+            trace.visual_per_layer += session.ran
+        return answer
 
     @torch.no_grad()
     def generate_after(

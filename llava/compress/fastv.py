@@ -1,0 +1,67 @@
+"""FastV (arXiv 2403.06764): behind an early layer, keep the image tokens the last prompt token attended to there."""
+
+from dataclasses import dataclass
+
+import torch
+
+from llava.compress.base import PAD, Compressor, LayerTokens, Reduction
+from llava.compress.tokens import top_indices
+from llava.constants import InputError
+
+BUDGETS = ("layer_average", "after")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastV(Compressor):
+    """Drop image tokens once, before layer K, by the head-mean attention of the last prompt token in layer K − 1.
+
+    Newlines are image tokens here, as in every port to LLaVA-NeXT. Text is never dropped, and the tokens that are left
+    keep their positions.
+
+    Differs from the released code in: image tokens are found per prompt and not configured (its default is off by one,
+    so that the first image token always stays and the first token of the question may go); each prompt of a batch has
+    its own choice; the row is recomputed, so that the layer runs on fused attention; KV caches are really shorter.
+    """
+
+    name = "fastv"
+    paper = "arXiv 2403.06764"
+    query_agnostic = False
+
+    layer: int = 2
+    """K: layers that run on everything."""
+    budget: str = "layer_average"
+    """What the retention ratio means: the mean over all layers, or what is left `after` layer K (the authors')."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot mean anything."""
+        super().__post_init__()
+        self._require("layer", int, 1, 10_000)
+        if self.budget not in BUDGETS:
+            raise InputError(f"fastv's budget must be one of {', '.join(BUDGETS)}, got {self.budget!r}")
+
+    @property
+    def llm_points(self) -> tuple[int, ...]:
+        """After layer K − 1."""
+        return (self.layer - 1,)
+
+    def visual_per_layer(self, n_visual: int, depth: int) -> tuple[int, ...]:
+        """All for K layers, then what makes the ratio."""
+        ratio, layer = self.ratio, self.layer
+        after = ratio if self.budget == "after" else (ratio * depth - layer) / (depth - layer)
+        if after < 0:
+            raise InputError(
+                f"fastv with layer={layer} of {depth} keeps {layer / depth:.2%} of the image tokens on average even if "
+                f"it drops all of them; ask for more than {ratio:.2%}, lower layer, or take budget='after'"
+            )
+        return (n_visual,) * layer + (round(n_visual * after),) * (depth - layer)
+
+    def reduce_in_llm(self, tokens: LayerTokens) -> Reduction:
+        """Rank the image tokens."""
+        kept = tuple(self.visual_per_layer(n, tokens.depth)[-1] for n in tokens.n_visual)
+        places = torch.arange(tokens.role.shape[1], device=tokens.role.device)
+        last = torch.where(tokens.role != PAD, places, 0).amax(1, keepdim=True)  # [B, 1]
+        scores = tokens.attention(last).mean(1)[:, 0]  # [B, L]
+        order = top_indices(scores, tokens.image)
+        count = torch.tensor(kept, device=scores.device)[:, None]
+        chosen = torch.zeros_like(tokens.image).scatter(1, order, places < count)
+        return Reduction(keep=chosen | ~tokens.image, n_visual=kept)
