@@ -1,0 +1,178 @@
+"""From a method and an image's size, or from what a model wrote down, to the tokens of a request."""
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+
+from llava.anyres import AnyResGrid, Size, choose_grid
+from llava.compress import get
+from llava.compress.base import Compressor, Layout, Plan, Views
+from llava.compress.pack import EXTRA, pack
+from llava.compress.tokens import budget
+from llava.compress.trace import Trace
+from llava.constants import InputError
+from llava.efficiency.flops import every_layer
+from llava.efficiency.request import Request
+from llava.efficiency.shapes import Model
+from llava.model.views import LAYOUTS
+
+CHANNELS, HEADS = 8, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What a method intends for an image of a given size."""
+
+    method: str
+    grid: AnyResGrid
+    plan: Plan
+    newlines: int
+    """Newline tokens of the sequence."""
+    extra: int
+    """Tokens the method appends."""
+    text: int
+    """Tokens of the prompt."""
+    request: Request
+    """With as many patches as are asked for, within the bounds of the plan."""
+
+    @property
+    def visual(self) -> int:
+        """Tokens of the image in the sequence, newlines included."""
+        return self.request.kept + self.newlines + self.extra
+
+
+class Looks(TypedDict):
+    """What a method looks at, as fields of a `Request`."""
+
+    tower_layers: int
+    cls_rows: int
+    key_rows: int
+    llm_rows: tuple[tuple[int, int], ...]
+
+
+def image_grid(model: Model, image_size: Size) -> AnyResGrid:
+    """Return the views a model makes of an image of `(width, height)` pixels.
+
+    Raises:
+        InputError: the image has no pixels, or a canvas is no multiple of the tower's input.
+    """
+    width, height = image_size
+    if width < 1 or height < 1:
+        raise InputError(f"image of {width}x{height} pixels: both sides must be at least 1")
+    tile, side = model.tower.image_size, model.tower.side
+    if not model.pinpoints:
+        return AnyResGrid(image_size=image_size, side=side)
+    if any(length % tile or not length for pair in model.pinpoints for length in pair):
+        raise InputError(f"image_grid_pinpoints of {model.name!r} must be multiples of {tile}, got {model.pinpoints}")
+    crops = choose_grid(image_size, model.pinpoints, tile, model.rule)
+    return AnyResGrid(image_size=image_size, crops=crops, side=side, rule=model.rule)
+
+
+def plan_request(
+    model: Model, method: Compressor, image_size: Size, *, text: int = 0, output: int = 1, batch: int = 1
+) -> Planned:
+    """Return what a method makes of an image, before any pixel is looked at.
+
+    The number of patches is the method's own plan; where that is a range, the number asked for or the end of the range
+    next to it. Newlines and appended tokens are counted by letting the method select from noise.
+
+    Args:
+        model: the model.
+        method: the compression method.
+        image_size: `(width, height)` in pixels.
+        text: tokens of the prompt.
+        output: tokens produced.
+        batch: such requests run together.
+
+    Raises:
+        InputError: the model does not know what to do with such an image, or the method cannot meet its ratio in it.
+    """
+    if model.merge not in LAYOUTS:
+        raise InputError(f"mm_patch_merge_type of {model.name!r} must be one of {', '.join(LAYOUTS)}")
+    grid, layout = image_grid(model, image_size), LAYOUTS[model.merge]
+    plan = method.plan(grid, layout)
+    newlines, extra = _rehearse(method, grid, layout, newline="unpad" in model.merge)
+    kept = min(max(budget(plan.ratio, plan.patches), plan.at_least), plan.at_most)
+    visual = method.visual_per_layer(kept + newlines + extra, model.language.layers)
+    request = Request(
+        model=model,
+        views=grid.n_views,
+        kept=kept,
+        tokens=tuple(count + text for count in visual),
+        output=output,
+        batch=batch,
+        projected=kept + extra,
+        **_looks(model, method),
+    )
+    return Planned(method=str(method), grid=grid, plan=plan, newlines=newlines, extra=extra, text=text, request=request)
+
+
+def trace_requests(model: Model, trace: Trace, output: int = 1) -> list[Request]:
+    """Return the requests that a model really ran, one for every row of the batch.
+
+    Args:
+        model: the model.
+        trace: filled by `generate(trace=…)`.
+        output: tokens produced.
+
+    Raises:
+        InputError: several rows share an unequal number of images, so that it is unknown which belongs to which.
+    """
+    rows, images = trace.sequence_lengths, trace.images
+    if not rows or len(images) % len(rows):
+        raise InputError(f"cannot tell which of {len(images)} images belong to which of {len(rows)} rows")
+    # Beams of a row run on the same tokens.
+    visual = trace.visual_per_layer[:: max(1, len(trace.visual_per_layer) // len(rows))]
+    visual = visual or [every_layer(model.language, 0)] * len(rows)
+    looks = _looks(model, get(trace.method if images else "none"))
+    share = len(images) // len(rows)
+    requests = []
+    for row, length in enumerate(rows):
+        own = images[row * share : (row + 1) * share]
+        request = Request(
+            model=model,
+            views=sum(image.grid.n_views for image in own),
+            kept=sum(image.packed.patches for image in own),
+            projected=sum(len(image.packed.origin) - image.packed.newlines for image in own),
+            tokens=tuple(length - visual[row][0] + count for count in visual[row]),
+            output=output,
+            **looks,
+        )
+        requests.append(request)
+    return requests
+
+
+def _looks(model: Model, method: Compressor) -> Looks:
+    """What a method's taps make the tower do (see `compress.attach`), and its points the language model.
+
+    One row is counted at every point, that of the last prompt token.
+    """
+    layers = model.tower.layers
+    rows, keys = ({index % layers for index in tapped} for tapped in (method.taps.cls, method.taps.keys))
+    # A tap records a layer's input, so every layer before it must run.
+    run = max(model.tower.depth, *rows, *keys) if rows | keys else model.tower.depth
+    return {
+        "tower_layers": run,
+        "cls_rows": len(rows),
+        "key_rows": len(keys),
+        "llm_rows": tuple((layer, 1) for layer in method.llm_points),
+    }
+
+
+def _rehearse(method: Compressor, grid: AnyResGrid, layout: Layout, newline: bool) -> tuple[int, int]:
+    """Count the newlines and the appended tokens of a selection from noise."""
+    generator = torch.Generator().manual_seed(0)
+    v, n = grid.n_views, grid.patches_per_view
+    features = torch.randn(v, n, CHANNELS, generator=generator)
+    taps = method.taps
+    views = Views(
+        features=features,
+        grid=grid,
+        cls_logits={layer: torch.randn(v, HEADS, 1 + n, generator=generator) for layer in taps.cls},
+        keys={layer: torch.randn(v, n, CHANNELS, generator=generator) for layer in taps.keys},
+        cls=features[:, 0] if taps.cls_feature else None,
+        layout=layout,
+    )
+    packed = pack(views, method.select(views), lambda tokens: tokens, torch.zeros(CHANNELS) if newline else None)
+    return packed.newlines, int((packed.origin == EXTRA).sum())

@@ -1,0 +1,141 @@
+"""From methods and traces to requests: what is announced is what a model really runs."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from llava.compress import available, get, method_class
+from llava.compress.trace import Trace
+from llava.constants import InputError
+from llava.efficiency.flops import every_layer
+from llava.efficiency.methods import image_grid, plan_request, trace_requests
+from llava.efficiency.shapes import MODELS, load
+from llava.mm_utils import process_images
+from tests.conftest import picture
+
+NEXT, FIFTEEN = MODELS["llava-next-7b"], MODELS["llava-1.5-7b"]
+
+
+# Reference page, section 2, end: visual tokens of the uncompressed model; three views where it says so.
+@pytest.mark.parametrize(
+    ("size", "views", "tokens"),
+    [
+        ((672, 672), 5, 2928),
+        ((640, 480), 5, 2340),
+        ((1280, 720), 5, 1948),
+        ((1000, 500), 3, 1752),
+        ((300, 300), 3, 1176),
+    ],
+)
+def test_published_token_counts(size: tuple[int, int], views: int, tokens: int) -> None:
+    found = plan_request(NEXT, get("none"), size, text=60)
+    assert (found.request.views, found.visual) == (views, tokens)
+    assert found.request.tokens == every_layer(NEXT.language, tokens + 60)
+    assert found.request.kept == found.plan.patches == tokens - found.newlines
+
+
+def test_released_arrangement_keeps_a_newline_for_every_row() -> None:
+    """Section 2, end: 333 tokens, not 288, of a square image at 10 %; 640x480 keeps 277."""
+    released = get("globalcom2(profile='released')", retention_ratio=0.1)
+    square = plan_request(NEXT, released, (672, 672))
+    assert square.newlines == 48  # and the patches are those asked for, of which rounding keeps three fewer
+    assert square.visual == pytest.approx(333, abs=4)
+    assert plan_request(NEXT, released, (640, 480)).visual == pytest.approx(277, abs=4)
+
+
+def test_a_single_view_has_no_newline() -> None:
+    found = plan_request(FIFTEEN, get("globalcom2", retention_ratio=0.25), (640, 480), text=40)
+    assert (found.grid.crops, found.request.views, found.newlines, found.visual) == (None, 1, 0, 144)
+    assert set(found.request.tokens) == {184}
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_method_is_asked(name: str) -> None:
+    fields = {"retention_ratio": 0.25} if method_class(name).has_ratio else {}
+    method = get(name, **fields)
+    found = plan_request(NEXT, method, (640, 480))
+    assert found.plan.at_least <= found.request.kept <= found.plan.at_most
+    assert found.method == str(method)
+    assert found.request.projected == found.request.kept + found.extra
+    layers = {tap % 24 for tap in (*method.taps.cls, *method.taps.keys)}
+    assert found.request.tower_layers == max(23, *layers, 0)
+    assert found.request.cls_rows == len({tap % 24 for tap in method.taps.cls})
+    assert found.request.tokens == method.visual_per_layer(found.visual, 32)
+    assert [layer for layer, _ in found.request.llm_rows] == list(method.llm_points)
+    again = plan_request(NEXT, method, (640, 480))
+    assert again.visual == found.visual  # the noise is the same every time
+
+
+def test_asking_leaves_the_random_numbers_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    plan_request(NEXT, get("globalcom2", retention_ratio=0.25), (640, 480))
+    assert torch.equal(torch.rand(2), expected)
+
+
+INSIDE = "fastv(layer=1, budget='after', retention_ratio=0.25)"
+
+
+def test_dropping_inside_the_language_model() -> None:
+    """FastV at layer 2 of 32: two layers read everything, the others what makes a mean of a quarter."""
+    found = plan_request(NEXT, get("fastv", retention_ratio=0.25), (672, 672), text=60)
+    after = round(2928 * (0.25 * 32 - 2) / 30)
+    assert found.request.tokens == (2988,) * 2 + (after + 60,) * 30
+    assert found.request.kept == found.request.projected == 2880
+    assert found.request.llm_rows == ((1, 1),)
+    looks = {op.name: op.macs for op in found.request.stages()["selection"]}
+    assert looks == {
+        "gather": 0,
+        "norm": 0,
+        "query": 4096**2,
+        "keys": 2988 * 4096**2,
+        "rows": 2988 * 4096,
+        "softmax": 0,
+    }
+    with pytest.raises(InputError, match="ask for more than 5"):
+        plan_request(NEXT, get("fastv", retention_ratio=0.05), (672, 672))
+
+
+@pytest.mark.parametrize("spec", ["none", "globalcom2(retention_ratio=0.25)", "uniform(retention_ratio=0.5)", INSIDE])
+@pytest.mark.parametrize("size", [(120, 90), (60, 200)])
+def test_what_is_planned_is_what_runs(checkpoint: Any, loaded: Any, spec: str, size: tuple[int, int]) -> None:
+    _, model, processor, _ = loaded("v1.6-vicuna")
+    before, model.method, trace = model.method, get(spec), Trace()
+    try:
+        ids, image = torch.tensor([[1, 5, -200, 6, 7]]), picture(*size)
+        pixels = process_images([image], processor, model.config)
+        model.generate(ids, images=pixels, image_sizes=[image.size], max_new_tokens=2, do_sample=False, trace=trace)
+    finally:
+        model.method = before
+    shape = load(str(checkpoint("v1.6-vicuna")))
+    planned = plan_request(shape, get(spec), size, text=4, output=2)
+    assert trace_requests(shape, trace, output=2) == [planned.request]
+    assert planned.request.tokens[0] == trace.sequence_lengths[0]
+    assert len(set(planned.request.tokens)) == (2 if spec == INSIDE else 1)
+
+
+def test_traces_of_several_rows() -> None:
+    shape = NEXT
+    text_only = Trace(sequence_lengths=[7, 9])
+    assert [(r.views, r.kept, r.tokens[0]) for r in trace_requests(shape, text_only)] == [(0, 0, 7), (0, 0, 9)]
+    with pytest.raises(InputError, match="0 images belong to which of 0 rows"):
+        trace_requests(shape, Trace())
+
+
+def test_images_that_cannot_be() -> None:
+    with pytest.raises(InputError, match="both sides must be at least 1"):
+        image_grid(FIFTEEN, (0, 5))
+    with pytest.raises(InputError, match="must be multiples of 336"):
+        image_grid(replace(NEXT, pinpoints=((336, 500),)), (5, 5))
+    with pytest.raises(InputError, match="mm_patch_merge_type"):
+        plan_request(replace(NEXT, merge="nest"), get("none"), (5, 5))
+
+
+def test_grids_of_transformers_config() -> None:
+    """Their pinpoints are `(height, width)`."""
+    tall = replace(NEXT, pinpoints=((672, 336),), rule="hf")
+    assert image_grid(tall, (300, 700)).crops == (1, 2)
+    assert image_grid(replace(tall, rule="llava"), (300, 700)).crops == (2, 1)
