@@ -313,7 +313,7 @@ def handwriting(split: str) -> dict[str, NDArray[np.uint8]]:
 def _handwritten(rng: np.random.Generator, digit: str, split: str, across: int) -> NDArray[np.float32]:
     """Return somebody's digit as coverage: 8 x 8 pixels, or 16 x 16."""
     drawn = handwriting(split)[digit]
-    one = drawn[rng.integers(len(drawn))].astype(np.float32) / 16
+    one: NDArray[np.float32] = drawn[rng.integers(len(drawn))].astype(np.float32) / 16
     if across == 1:
         return one
     large = Image.fromarray(one).resize((16, 16), Image.Resampling.BICUBIC)
