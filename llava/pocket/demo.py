@@ -1,6 +1,7 @@
 """Ten test questions, one of each task, answered at several ratios, beside the truth: `python -m llava.pocket.demo`."""
 
 import json
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,9 @@ def main() -> None:
     tokenizer, model, processor, _ = load_pretrained_model(args.model_path, device=args.device)
     rng, balance = np.random.default_rng(args.first), Balance()
     for number, (task, make) in enumerate(TASKS.items()):
-        scene = make_scene("test", args.first + number, (2, 2))
-        (asked,) = balance.choose(list(make(scene, rng)), 1, rng) or balance.choose(
-            list(TASKS["vqav2"](scene, rng)), 1, rng
-        )
+        drawn = (make_scene("test", index, (2, 2)) for index in count(args.first + number, len(TASKS)))
+        scene, possible = next((scene, found) for scene in drawn if (found := list(make(scene, rng))))
+        (asked,) = balance.choose(possible, 1, rng)
         answers = []
         for method in methods:
             model.method = method
