@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from llava.compress import available
@@ -93,6 +94,33 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--device {args.device}: no CUDA device is available; leave the option out to run on the CPU")
     names = ("load_8bit", "load_4bit", "dtype", "vision_tower", "device")
     return {name: getattr(args, name) for name in names if getattr(args, name)}
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty matplotlib figure, sizes in inches.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(
+            "drawing needs matplotlib, which is not installed; pip install 'globalcom2[pocket]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, output: Path) -> None:
+    """Write a figure into a file, whose suffix says the format.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        figure.savefig(output, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write the picture {str(output)!r} ({error}); give another name") from error
 
 
 def run_command(command: Callable[[], None]) -> None:

@@ -149,7 +149,7 @@ def selection(
 
 
 def attention_rows(shape: Language, keys: int, rows: int, *, batch: int = 1, fusion: Fusion = Fusion.NONE) -> Ops:
-    """Return the operators of recomputing rows of a decoder layer's attention (see `compress.inside`).
+    """Return the operators of recomputing rows of a decoder layer's attention (see `language_model.inside`).
 
     Args:
         shape: the language model.

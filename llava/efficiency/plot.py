@@ -11,6 +11,7 @@ from llava.efficiency.methods import plan_request
 from llava.efficiency.ops import Fusion, total
 from llava.efficiency.request import STAGES, limits
 from llava.efficiency.shapes import Model
+from llava.utils import new_figure, save_figure
 
 RATIOS = (1.0, 0.75, 0.5, 0.25, 0.1)
 
@@ -67,13 +68,7 @@ def draw(found: Sweep, output: Path) -> None:
     Raises:
         InputError: matplotlib is missing, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            "drawing needs matplotlib, which is not installed; pip install 'globalcom2[pocket]'"
-        ) from error
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = new_figure(11, 4.5)
     left, right = figure.subplots(1, 2)
     labels, floor = [f"{ratio:.0%}" for ratio in found.ratios], [0.0] * len(found.ratios)
     for stage, values in found.milliseconds.items():
@@ -88,7 +83,4 @@ def draw(found: Sweep, output: Path) -> None:
         axes.set_axisbelow(True)
         axes.legend()
     figure.suptitle(found.title)
-    try:
-        figure.savefig(output, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write the picture {str(output)!r} ({error}); give another name") from error
+    save_figure(figure, output)

@@ -14,7 +14,7 @@ from llava.compress import get
 from llava.constants import InputError
 from llava.eval.published import UPPER
 from llava.eval.table import Key, add_run_arguments, collect, compare
-from llava.utils import OneLineParser, run_command
+from llava.utils import OneLineParser, new_figure, run_command, save_figure
 
 Curves = dict[str, list[tuple[float, float]]]
 """Legend -> (x, relative average in percent), x ascending."""
@@ -57,15 +57,9 @@ def draw(curves: Curves, x_label: str, output: Path, logarithmic: bool = False) 
     """Draw curves into a file.
 
     Raises:
-        InputError: matplotlib is missing.
+        InputError: matplotlib is missing, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            "drawing needs matplotlib, which is not installed; pip install 'globalcom2[pocket]'"
-        ) from error
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4)
     axes = figure.add_subplot()
     for legend, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=legend)
@@ -74,7 +68,7 @@ def draw(curves: Curves, x_label: str, output: Path, logarithmic: bool = False) 
         axes.set_xscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(output, dpi=150)
+    save_figure(figure, output)
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 Columns: VQAv2, GQA, VizWiz, ScienceQA (image questions), TextVQA, POPE, MME perception, MMBench, MMBench-CN, MM-Vet.
 """
 
+from llava.efficiency import paper as efficiency
+
 COLUMNS = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmbench_cn", "mmvet")
 TITLES = ("VQAv2", "GQA", "VizWiz", "SQA", "VQA^T", "POPE", "MME", "MMB", "MMB-CN", "MM-Vet")
 
@@ -44,14 +46,7 @@ TABLES = {"7b": TABLE_I, "13b": TABLE_II}
 
 # Tables V and VI, "Total Time": seconds for MME on one A100-80GB, by (method, ratio) and model size.
 TIMES = {
-    (UPPER, "7b"): 15 * 60 + 35,
-    (("globalcom2", 0.75), "7b"): 12 * 60 + 17,
-    (("globalcom2", 0.5), "7b"): 9 * 60 + 21,
-    (("globalcom2", 0.25), "7b"): 7 * 60 + 27,
-    (("globalcom2", 0.1), "7b"): 5 * 60 + 48,
-    (UPPER, "13b"): 20 * 60 + 39,
-    (("globalcom2", 0.75), "13b"): 16 * 60 + 30,
-    (("globalcom2", 0.5), "13b"): 12 * 60 + 49,
-    (("globalcom2", 0.25), "13b"): 8 * 60 + 48,
-    (("globalcom2", 0.1), "13b"): 6 * 60 + 53,
+    (UPPER if row.ratio == 1 else ("globalcom2", row.ratio), table.model.rsplit("-", 1)[1]): row.total_time
+    for table in efficiency.TABLES
+    for row in table.rows
 }

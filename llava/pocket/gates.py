@@ -21,16 +21,11 @@ from llava.eval.table import collect
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.pocket.questions import UNANSWERABLE
-from llava.pocket.scenes import CHARACTERS, KINDS, SHAPES, SIDE, Scene, Thing, letter_cells, make_scene
-from llava.pocket.see import ASPECTS, Seeing, label_views
+from llava.pocket.scenes import CHARACTERS, KINDS, SHAPES, SIDE, Scene, Thing, home, letter_cells, make_scene
+from llava.pocket.see import ASPECTS, Seeing, label_views, middles
 from llava.pocket.write import write_benchmarks
 from llava.utils import OneLineParser, at_least, run_command
 from llava.visualize import kept_patches
-
-
-def home(scene: Scene, thing: Thing) -> int:
-    """Return the number of the view (thumbnail 0) whose crop a thing is in."""
-    return 1 + thing.top // SIDE * scene.grid[0] + thing.left // SIDE
 
 
 def patches_of(scene: Scene, thing: Thing, thumbnail: bool) -> Tensor:
@@ -43,8 +38,7 @@ def _box(scene: Scene, thumbnail: bool, view: int, left: int, top: int, width: i
     shown = torch.zeros(rows * SIDE, cols * SIDE, dtype=torch.bool)
     shown[top : top + height, left : left + width] = True
     if thumbnail:
-        middle = torch.arange(SIDE) * 2 + 1
-        return shown[middle * rows // 2][:, middle * cols // 2]
+        return shown[middles(rows)][:, middles(cols)]
     row, col = divmod(view - 1, cols)
     return shown[row * SIDE : (row + 1) * SIDE, col * SIDE : (col + 1) * SIDE]
 

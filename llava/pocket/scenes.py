@@ -7,7 +7,7 @@ pixel: a small model can learn to see them in minutes. Small writing is legible 
 Training, validation and test scenes differ in their seeds, their fonts and the people whose digits they show.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -110,6 +110,11 @@ class Scene:
         return self.grid[0] * SIDE, self.grid[1] * SIDE
 
 
+def home(scene: Scene, thing: Thing) -> int:
+    """Return the number of the view (thumbnail 0) whose crop a thing is in."""
+    return 1 + thing.top // SIDE * scene.grid[0] + thing.left // SIDE
+
+
 def make_scene(split: str, index: int, grid: tuple[int, int] | None = None) -> Scene:
     """Draw a scene; the same arguments give the same pixels.
 
@@ -150,18 +155,7 @@ def _place(rng: np.random.Generator, grid: tuple[int, int], split: str) -> tuple
             around = taken[max(0, top - 1) : top + height + 1, max(0, left - 1) : left + width + 1]
             if inside and not around.any():
                 taken[top : top + height, left : left + width] = True
-                things.append(
-                    Thing(
-                        kind=thing.kind,
-                        colour=thing.colour,
-                        text=thing.text,
-                        left=left,
-                        top=top,
-                        width=width,
-                        height=height,
-                        big=thing.big,
-                    )
-                )
+                things.append(replace(thing, left=left, top=top))
                 break
     return tuple(things)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
-from llava.pocket.scenes import CHARACTERS, COLOURS, KINDS, SIDE, Scene, letter_cells
+from llava.pocket.scenes import CHARACTERS, COLOURS, KINDS, SIDE, Scene, home, letter_cells
 
 ASPECTS = {"kind": 1 + len(KINDS), "colour": 1 + len(COLOURS), "character": 1 + len(CHARACTERS)}
 """What a patch shows -> number of classes; 0 is nothing."""
@@ -36,11 +36,15 @@ def label_cells(scene: Scene) -> NDArray[np.int64]:
     return cells
 
 
+def middles(views: int) -> NDArray[np.int64]:
+    """Return the cell in the middle of what every patch along a thumbnail of so many views shows: `[SIDE]`."""
+    return (np.arange(SIDE) * 2 + 1) * views // 2
+
+
 def label_views(scene: Scene) -> Tensor:
     """Return the labels of thumbnail and crops: `[1 + n, 3, SIDE, SIDE]`; a thumbnail patch shows its middle cell."""
     cells, (cols, rows) = label_cells(scene), scene.grid
-    x, y = ((np.arange(SIDE) * 2 + 1) * count // 2 for count in (cols, rows))
-    views = [cells[:, y[:, None], x]]
+    views = [cells[:, middles(rows)[:, None], middles(cols)]]
     views += [cells[:, r * SIDE : (r + 1) * SIDE, c * SIDE : (c + 1) * SIDE] for r in range(rows) for c in range(cols)]
     return torch.from_numpy(np.stack(views))
 
@@ -52,7 +56,7 @@ def caption(scene: Scene) -> list[Tensor]:
     for thing in scene.things:
         own = [KINDS.index(thing.kind) * len(COLOURS) + list(COLOURS).index(thing.colour)]
         own += [len(KINDS) * len(COLOURS) + CHARACTERS.index(character) for character in thing.text]
-        for view in (0, 1 + thing.top // SIDE * cols + thing.left // SIDE):
+        for view in (0, home(scene, thing)):
             phrases[view] += own
     return [torch.tensor(sorted(ids), dtype=torch.long) for ids in phrases]
 

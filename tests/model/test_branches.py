@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer
 
 from llava.model.language_model.branches import Branches, branching, fold
 from llava.model.language_model.prefix import SharedPrefix
-from tests.model.test_prefix import SIZES, SLOT, encoded, ids, model, padded, until_eos, whole  # noqa: F401
+from tests.model.test_prefix import SIZES, SLOT, encoded, ids, padded, until_eos, whole
 
 
 def beginnings(units, length, heads=2, width=3):
@@ -57,7 +57,7 @@ def test_fold_puts_rows_side_by_side():
     ]
 
 
-def test_several_rows_from_several_images(model):  # noqa: F811
+def test_several_rows_from_several_images(model):
     system = ids(7, 0)
     shared = SharedPrefix.empty(model, 1).extend(model, system[None])
     images = shared.rows([0] * 3).extend(model, SLOT.expand(3, 1), [encoded(model, size) for size in SIZES])
@@ -72,7 +72,7 @@ def test_several_rows_from_several_images(model):  # noqa: F811
         assert torch.equal(layer.keys, keys), "the beginnings stay as they are"
 
 
-def test_the_beginning_is_held_once(model, monkeypatch):  # noqa: F811
+def test_the_beginning_is_held_once(model, monkeypatch):
     prefix = SharedPrefix.empty(model, 1).extend(model, torch.cat((ids(5, 1), ids(40, 2)))[None])
     sizes = []
     update = DynamicLayer.update
@@ -91,14 +91,14 @@ def test_the_beginning_is_held_once(model, monkeypatch):  # noqa: F811
     assert [shape[2] for shape in sizes[::layers]] == [45 + 8 * 6, 45 + 8 * 7, 45 + 8 * 8]
 
 
-def test_padding_from_nothing_is_a_number(model):  # noqa: F811
+def test_padding_from_nothing_is_a_number(model):
     rows = [ids(2, 3), ids(9, 4), ids(5, 5)]
     output = model.generate_after(SharedPrefix.empty(model, 1), *padded(rows), max_new_tokens=5).tolist()
     wanted = [whole(model, row, None, 5) for row in rows]
     assert [until_eos(row) for row in output] == [until_eos(row) for row in wanted]
 
 
-def test_attention_is_as_before_afterwards(model):  # noqa: F811
+def test_attention_is_as_before_afterwards(model):
     before = model.config._attn_implementation
     prefix = SharedPrefix.empty(model, 1).extend(model, ids(5, 1)[None])
     model.generate_after(prefix, ids(3, 2)[None], max_new_tokens=1)

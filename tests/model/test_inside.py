@@ -1,6 +1,6 @@
 """Dropping inside the language model is masking what was dropped, with less to compute and less to keep."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,10 +13,9 @@ from llava.compress.trace import Trace
 from llava.constants import IMAGE_TOKEN_INDEX, InputError
 from llava.mm_utils import process_images
 from llava.model.language_model.inside import gather_kept
-from tests.conftest import Loaded, picture
+from tests.conftest import picture
+from tests.model.test_prefix import SIZES, ids
 
-VERSIONS = ["v1.6-vicuna", "v1.6-mistral", "v1.5"]
-SIZES = [(300, 200), (90, 60), (60, 200)]
 TOKENS = 6
 
 
@@ -48,20 +47,6 @@ class Repacking(EveryOther):
     """The same, with positions closed up."""
 
     positions = "repack"
-
-
-@pytest.fixture(params=VERSIONS)
-def model(request: pytest.FixtureRequest, loaded: Callable[..., Loaded]) -> Iterator[Any]:
-    model = loaded(request.param).model
-    before, model.method = model.method, get("none")
-    model.processor = loaded(request.param).processor
-    yield model
-    model.method = before
-    del model.processor
-
-
-def ids(length: int, seed: int) -> Tensor:
-    return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed))
 
 
 def prompt(seed: int, images: int = 1) -> Tensor:

@@ -1,32 +1,19 @@
 """A prompt that starts from cached keys and values goes on as the whole prompt does."""
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from llava.compress import get
 from llava.compress.pack import Packed
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images
 from llava.model.language_model.prefix import SharedPrefix
-from tests.conftest import Loaded, picture
+from tests.conftest import picture
 
-VERSIONS = ["v1.6-vicuna", "v1.6-mistral", "v1.5"]
 SIZES = [(300, 200), (90, 60), (60, 200)]
 SLOT = torch.tensor([[IMAGE_TOKEN_INDEX]])
-
-
-@pytest.fixture(params=VERSIONS)
-def model(request: pytest.FixtureRequest, loaded: Callable[..., Loaded]) -> Iterator[Any]:
-    model = loaded(request.param).model
-    before, model.method = model.method, get("globalcom2(retention_ratio=0.5)")
-    model.processor = loaded(request.param).processor
-    yield model
-    model.method = before
-    del model.processor
 
 
 def ids(length: int, seed: int) -> Tensor:
