@@ -231,13 +231,23 @@ def requests(draw: st.DrawFn) -> tuple[Language, list[int]]:
 @settings(deadline=None, max_examples=25)
 @given(requests(), FUSIONS, st.data())
 def test_more_tokens_never_cost_less(request_, fusion: Fusion, data) -> None:
+    """Angles apart, which neighbouring layers of the same size share: one more token may make two layers alike."""
     shape, tokens = request_
     layer = data.draw(st.integers(0, shape.layers - 1))
     more = [count + (index == layer) for index, count in enumerate(tokens)]
-    less, cost = (total(flops.prefill(shape, counts, fusion=fusion)) for counts in (tokens, more))
+    less, cost = (
+        total([op for op in flops.prefill(shape, counts, fusion=fusion) if op.name != "angles"])
+        for counts in (tokens, more)
+    )
     for field in ("macs", "flops", "bytes", "cache"):
         assert getattr(cost, field) > getattr(less, field), field
     assert cost.weights == less.weights
+
+
+@pytest.mark.parametrize(("tokens", "rotated"), [([12, 13], 25), ([13, 13], 13), ([13, 12], 25)])
+def test_layers_alike_share_their_angles(tokens: list[int], rotated: int) -> None:
+    angles = [op for op in flops.prefill(TINY, tokens) if op.name == "angles"]
+    assert total(angles).macs == rotated * TINY.head_width // 2
 
 
 @settings(deadline=None, max_examples=25)
