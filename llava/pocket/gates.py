@@ -85,7 +85,7 @@ def attention_on_things(
 
     Args:
         tower: `CLIPVisionModel`.
-        layer: the one whose attention methods read.
+        layer: the one whose attention methods read, counted from the first (0).
         scenes: looked at.
         processor: image processor.
         config: with the AnyRes keys.
@@ -115,20 +115,28 @@ def coverage(model: Any, processor: Any, scenes: Sequence[Scene], method: str) -
         scenes: looked at.
         method: as for `llava.compress.get`.
     """
-    before, model.method = model.method, get(method)
+    before, chosen = model.method, get(method)
     found: dict[str, list[float]] = defaultdict(list)
-    for scene in scenes:
-        trace = Trace()
-        image = scene.image
-        model.compress_images(process_images([image], processor, model.config), [image.size], trace)
+    try:
+        model.method = chosen
+        traces = [_looked_at(model, processor, scene.image) for scene in scenes]
+    finally:
+        model.method = before
+    for scene, trace in zip(scenes, traces, strict=True):
         kept = kept_patches(trace.images[0])  # [V, SIDE, SIDE]
         for thing in scene.things:
             own = kept[home(scene, thing)][patches_of(scene, thing, False)].float()
             size = "big" if thing.big else "small"
             found[f"{size} found"].append(float(own.any()))
             found[f"{size} patches"].append(float(own.mean()))
-    model.method = before
     return {name: sum(values) / len(values) for name, values in sorted(found.items())}
+
+
+def _looked_at(model: Any, processor: Any, image: Any) -> Trace:
+    """Return what became of an image's tokens."""
+    trace = Trace()
+    model.compress_images(process_images([image], processor, model.config), [image.size], trace)
+    return trace
 
 
 def percent(result: Result) -> float:

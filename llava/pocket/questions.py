@@ -4,7 +4,7 @@ Every task asks only what has one right answer in a scene. `Balance` chooses amo
 answer of a template comes up equally often: whoever does not look gains nothing.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,14 @@ UNANSWERABLE = "unanswerable"
 VIZWIZ = f"\nWhen the provided information is insufficient, respond with '{UNANSWERABLE.title()}'."
 DESCRIBE = "Describe the picture."
 LETTERS = "ABCD"
+COMMON = ("sign", "note")
+"""The kinds that are there most often."""
+# Kinds -> what they are taken for.
+DOUBLES = {"circle": "ring", "ring": "circle", "square": "diamond", "diamond": "square", "sign": "note", "note": "sign"}
+RIVALS = 8
+"""Wrong words that are offered for a frame."""
+AHEAD = 2
+"""By how much an answer may be ahead of its template's rarest."""
 # What ScienceQA's context says about the thing a question is about.
 HINTS = {
     "circle": "A circle is round.",
@@ -53,6 +61,10 @@ class Asked:
     hint: str = ""
     category: str = ""
     """POPE: how the absent thing was chosen."""
+    subject: str = ""
+    """What a question for yes or no is about: about every subject, both answers come up equally often."""
+    frame: str = ""
+    """What the two questions of a pair share."""
 
     @property
     def prompt(self) -> str:
@@ -61,7 +73,7 @@ class Asked:
             return self.text + VIZWIZ + SHORT_ANSWER
         if not self.options:
             return self.text if self.task == "mmvet" else self.text + SHORT_ANSWER
-        hint = f"Context: {self.hint}\n" if self.task == "scienceqa" else ""
+        hint = f"{'Context: ' if self.task == 'scienceqa' else ''}{self.hint}\n" if self.hint else ""
         listed = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False))
         return hint + self.text + listed + (LETTER_CN if self.task == "mmbench_cn" else LETTER)
 
@@ -88,9 +100,9 @@ def shape_of(scene: Scene, rng: np.random.Generator, task: str = "vqav2") -> Ite
 
 
 def count_of(scene: Scene, rng: np.random.Generator, task: str = "vqav2") -> Iterator[Asked]:
-    """Ask how many signs there are: none to three."""
+    """Ask how many signs there are: none, one or two; three are too rare to be asked for as often."""
     number = sum(thing.kind == "sign" for thing in scene.things)
-    if number <= 3:
+    if number <= 2:
         yield Asked(task=task, template="count", text="How many signs are there?", answer=str(number))
 
 
@@ -196,55 +208,45 @@ def in_chinese(asked: Asked) -> str:
 
 
 def presence(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
-    """Ask whether something is there: what is not is drawn at random, of the commonest kind, or from what is there."""
-    names = {thing.name for thing in scene.things}
-    every = [(colour, kind) for colour in COLOURS for kind in KINDS if f"{colour} {kind}" not in names]
-    colours, kinds = {thing.colour for thing in scene.things}, {thing.kind for thing in scene.things}
-    rivals = {
-        "random": every,
-        "popular": [(colour, kind) for colour, kind in every if kind == "sign"],
-        "adversarial": [(colour, kind) for colour, kind in every if colour in colours and kind in kinds],
-    }
-    for category, absent in rivals.items():
-        if not absent:
-            continue
-        thing = scene.things[rng.integers(len(scene.things))]
-        colour, kind = absent[rng.integers(len(absent))]
-        for name, answer in ((thing.name, "yes"), (f"{colour} {kind}", "no")):
-            text = f"Is there {article(name)} {name} in the image?"
-            yield Asked(task="pope", template=category, text=text, answer=answer, category=category)
+    """Ask whether something is there: what is not is anything, of the common kinds, or the double of what is there."""
+    present = {thing.kind for thing in scene.things}
+    kinds = {"random": KINDS, "popular": COMMON, "adversarial": tuple(DOUBLES)}
+    for category, some in kinds.items():
+        for kind in some:
+            if category == "adversarial" and kind not in present and DOUBLES[kind] not in present:
+                continue
+            answer, text = "yes" if kind in present else "no", f"Is there {article(kind)} {kind} in the image?"
+            yield Asked(task="pope", template=category, text=text, answer=answer, category=category, subject=kind)
 
 
 def pairs(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
-    """Ask yes/no questions in MME's categories, always both: first the one to affirm, then the one to deny."""
+    """Ask yes/no questions in MME's categories: of every frame one to affirm and some to deny."""
 
-    def pair(category: str, text: str, right: str, wrong: str) -> Iterator[Asked]:
-        for word, answer in ((right, "Yes"), (wrong, "No")):
-            yield Asked(task="mme", template=category, text=text.format(word), answer=answer, category=category)
+    def ask(category: str, frame: str, right: str, wrong: Sequence[str]) -> Iterator[Asked]:
+        rivals = [word for word in wrong if word != right]
+        for word in (right, *(rivals[i] for i in rng.permutation(len(rivals))[:RIVALS])):
+            yield Asked(
+                task="mme", template=category, category=category, frame=frame, subject=word,
+                text=frame.format(word), answer="Yes" if word == right else "No",
+            )  # fmt: skip
 
-    def other(words: Sequence[str], word: str) -> str:
-        rest = [w for w in words if w != word]
-        return rest[rng.integers(len(rest))]
-
-    single, present = alone(scene), {thing.kind for thing in scene.things}
+    present = {thing.kind for thing in scene.things}
     absent = [kind for kind in KINDS if kind not in present]
-    if absent:
-        shown = sorted(present)[rng.integers(len(present))]
-        yield from pair("existence", "Is there a {} in this image?", shown, absent[rng.integers(len(absent))])
+    shown = sorted(present)[rng.integers(len(present))]
+    yield from ask("existence", "Is there a {} in this image?", shown, absent)
     number = sum(thing.kind == "sign" for thing in scene.things)
     if 1 <= number <= 3:
-        yield from pair("count", "Is the number of signs {}?", str(number), other("123", str(number)))
-    for thing in single[:1]:
-        yield from pair("color", f"Is the {thing.kind} {{}}?", thing.colour, other(list(COLOURS), thing.colour))
-    for asked in list(half_of(scene, rng))[:1]:
-        kind = asked.text.split()[2]
+        yield from ask("count", "Is the number of signs {}?", str(number), "123")
+    for thing in alone(scene):
+        yield from ask("color", f"Is the {thing.kind} {{}}?", thing.colour, list(COLOURS))
+    for asked in half_of(scene, rng):
         words = ("left", "right") if asked.template == "half across" else ("top", "bottom")
-        text = f"Is the {kind} in the {{}} half of the picture?"
-        yield from pair("position", text, asked.answer, other(words, asked.answer))
-    for thing in [thing for thing in scene.things if thing.text][:1]:
-        rivals = [str(n) for n in range(10, 100)] if thing.text.isdecimal() else WORDS
-        text = f"Does the {thing.name} say {{}}?"
-        yield from pair("OCR", text, thing.text, other(rivals, thing.text))
+        frame = f"Is the {asked.text.split()[2]} in the {{}} half of the picture?"
+        yield from ask("position", frame, asked.answer, words)
+    for thing in scene.things:
+        if thing.text:
+            rivals = [str(n) for n in range(10, 100)] if thing.text.isdecimal() else WORDS
+            yield from ask("OCR", f"Does the {thing.name} say {{}}?", thing.text, rivals)
 
 
 def mentions(scene: Scene) -> list[list[str]]:
@@ -286,24 +288,35 @@ TASKS: dict[str, Callable[[Scene, np.random.Generator], Sequence[Asked]]] = {
 
 
 class Balance:
-    """Chooses what to ask, so that templates of a task and answers of a template come up equally often."""
+    """Chooses what to ask, so that templates of a task and answers of a template come up equally often.
+
+    Where a question's subject has met its answer more often than the other, or the answer is well ahead of the rarest,
+    something else is asked if there is anything.
+    """
 
     def __init__(self) -> None:
         """Start from nothing asked."""
         self.templates: Counter[tuple[str, str]] = Counter()
-        self.answers: Counter[tuple[str, str, str]] = Counter()
+        self.answers: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+        self.subjects: defaultdict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
+
+    def _wish(self, asked: Asked) -> tuple[bool, int, int, int]:
+        """Return what is smallest for the question to ask next."""
+        template = asked.task, asked.template
+        answers, met = self.answers[template], self.subjects[*template, asked.subject]
+        ahead = answers[asked.answer] - min(answers.values(), default=0)
+        leaning = 2 * met[asked.answer] - met.total() if asked.subject else 0
+        return leaning > 0 or ahead > AHEAD, self.templates[template], leaning, answers[asked.answer]
 
     def choose(self, possible: Sequence[Asked], number: int, rng: np.random.Generator) -> list[Asked]:
         """Choose up to `number` questions, what was asked least first, by chance among equals."""
         left = [possible[i] for i in rng.permutation(len(possible))]
         chosen: list[Asked] = []
         while left and len(chosen) < number:
-            best = min(
-                left,
-                key=lambda a: (self.templates[a.task, a.template], self.answers[a.task, a.template, a.answer]),
-            )
+            best = min(left, key=self._wish)
             left = [asked for asked in left if asked.prompt != best.prompt]
             self.templates[best.task, best.template] += 1
-            self.answers[best.task, best.template, best.answer] += 1
+            self.answers[best.task, best.template][best.answer] += 1
+            self.subjects[best.task, best.template, best.subject][best.answer] += 1
             chosen.append(best)
         return chosen

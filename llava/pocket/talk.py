@@ -4,8 +4,8 @@ An image is run once; its questions continue it side by side, each seeing the im
 evaluation runs them. The vision tower stays as it is. Only answers are learnt.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,12 @@ from llava.eval.run_llava import build_prompt
 from llava.mm_utils import tokenizer_image_token
 from llava.model.language_model.branches import Branches, branching
 from llava.model.language_model.prefix import SharedPrefix
-from llava.pocket.questions import TASKS, Asked, Balance
+from llava.pocket.questions import LETTERS, TASKS, Asked, Balance
 from llava.pocket.scenes import Scene
 
-ROWS = 6
-"""Questions about a scene."""
-LONG = 4
-"""Descriptions are asked for in every so many batches: they make all rows of a batch long."""
+# Tasks asked together -> questions about a scene: those with about as many tokens, since a batch is padded.
+SHORT = {"vqav2": 2, "gqa": 2, "textvqa": 2, "pope": 2, "mme": 2}
+LONG = {"vizwiz": 2, "scienceqa": 1, "mmbench": 1, "mmbench_cn": 1, "mmvet": 1}
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,40 @@ class Conversation:
         return Conversation([v.to(device) for v in self.views], self.sizes, prefix, ids, mask, labels, self.tasks)
 
 
-def choose_questions(scenes: Sequence[Scene], rng: np.random.Generator, descriptions: bool) -> list[list[Asked]]:
-    """Choose as many questions about every scene, in turn from all tasks that have one."""
+def choose_questions(
+    scenes: Sequence[Scene], rng: np.random.Generator, tasks: Mapping[str, int], told: float = 0
+) -> list[list[Asked]]:
+    """Choose as many questions about every scene.
+
+    Args:
+        scenes: to ask about.
+        rng: chooses.
+        tasks: number of questions by task; where a scene has too few of one, the others ask more.
+        told: share of multiple-choice questions whose context tells the answer.
+    """
     balance, chosen = Balance(), []
-    tasks = [task for task in TASKS if descriptions or task != "mmvet"]
     for scene in scenes:
         possible = {task: list(TASKS[task](scene, rng)) for task in tasks}
-        own: list[Asked] = []
-        while len(own) < ROWS:
-            for task in (tasks[i] for i in rng.permutation(len(tasks))):
+        own = [asked for task, number in tasks.items() for asked in balance.choose(possible[task], number, rng)]
+        while len(own) < sum(tasks.values()):
+            for task in (list(tasks)[i] for i in rng.permutation(len(tasks))):
                 own += balance.choose(possible[task], 1, rng)
-        chosen.append(own[:ROWS])
+        own = own[: sum(tasks.values())]
+        chosen.append([tell(asked) if asked.options and rng.random() < told else asked for asked in own])
     return chosen
+
+
+def tell(asked: Asked) -> Asked:
+    """Let a multiple-choice question's context tell its answer."""
+    right = asked.options[LETTERS.index(asked.answer)]
+    words = asked.text.rstrip("?").split()
+    if asked.task == "mmbench_cn":
+        return replace(asked, hint=f"答案是{right}。")
+    if asked.template == "colour":
+        return replace(asked, hint=f"The {words[-1]} is {right}.")
+    if asked.template == "shape":
+        return replace(asked, hint=f"The {words[-2]} thing is a {right}.")
+    return replace(asked, hint=f"The {words[-2]} {words[-1]} says {right}.")
 
 
 def converse(
@@ -120,6 +141,8 @@ class Talking(nn.Module):
         each = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
         right = ((logits.argmax(-1) == labels) | ~learnt).all(1).float()
         tasks = np.array(batch.tasks)
-        by_task = {task: right[torch.from_numpy(tasks == task).to(right.device)].mean() for task in sorted(set(tasks))}
+        by_task = {
+            task: right[torch.from_numpy(tasks == task).to(right.device)].mean() for task in sorted(set(batch.tasks))
+        }
         # A question counts as one, however long its answer.
         return {"loss": (each.sum(1) / learnt.sum(1)).mean(), "right": right.mean(), **by_task}

@@ -27,7 +27,7 @@ from llava.pocket.model import build_model, build_tower, pocket_config, save_che
 from llava.pocket.questions import TASKS
 from llava.pocket.scenes import CANVASES, TILE, make_scene
 from llava.pocket.see import Seeing, Seen, caption, label_views
-from llava.pocket.talk import LONG, Conversation, Talking, choose_questions, converse
+from llava.pocket.talk import LONG, SHORT, Conversation, Talking, choose_questions, converse
 from llava.utils import OneLineParser, at_least, run_command
 
 
@@ -53,7 +53,14 @@ class Config:
     language: tuple[int, int] = (192, 5)
     """Width and layers of the language model."""
     see: Stage = Stage(steps=1800, scenes=32, rate=2e-3)
-    talk: Stage = Stage(steps=3300, scenes=8, rate=1.5e-3)
+    talk: Stage = Stage(steps=6000, scenes=8, rate=1.5e-3)
+
+
+TOLD, TUTORED = 0.6, 0.5
+"""The share of multiple-choice questions whose context tells the answer falls from the first number to 0 by the second
+share of stage 2: to name the letter of what one knows is learnt apart from seeing it."""
+# Share of stage 2 -> canvases up to there: what takes long to be found is found on short sequences.
+LESSONS = {0.5: ((1, 1),), 0.75: CANVASES[1:3], 1.0: CANVASES}
 
 
 def processor() -> Any:
@@ -63,10 +70,12 @@ def processor() -> Any:
 
 @dataclass(frozen=True)
 class Anyres:
-    """What `process_images` reads of a config."""
+    """What `process_images` reads of a config; the canvas of one view is for training only."""
 
     image_aspect_ratio: str = "anyres"
-    image_grid_pinpoints: tuple[tuple[int, int], ...] = tuple((TILE * cols, TILE * rows) for cols, rows in CANVASES)
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = tuple(
+        (TILE * cols, TILE * rows) for cols, rows in ((1, 1), *CANVASES)
+    )
 
 
 class SceneViews(Dataset[Seen]):
@@ -99,18 +108,17 @@ class SceneViews(Dataset[Seen]):
 class Conversations(Dataset[Conversation]):
     """Batches of questions about scenes: batch i is about scenes i·n to i·n + n − 1."""
 
-    def __init__(self, split: str, scenes: int, steps: range, small: int, tokenizer: Any, config: Any) -> None:
+    def __init__(self, split: str, stage: Stage, steps: range, tokenizer: Any, config: Any) -> None:
         """Choose the batches.
 
         Args:
             split: see `make_scene`.
-            scenes: n, scenes in a batch.
-            steps: the batches.
-            small: number of first batches with canvases of two views.
+            stage: how many scenes a batch has, and batches there are.
+            steps: the batches to draw.
             tokenizer: of the model.
             config: of the model.
         """
-        self.split, self.scenes, self.steps, self.small = split, scenes, steps, small
+        self.split, self.stage, self.steps = split, stage, steps
         self.tokenizer, self.config, self.processor = tokenizer, config, processor()
 
     def __len__(self) -> int:
@@ -119,14 +127,16 @@ class Conversations(Dataset[Conversation]):
 
     def __getitem__(self, item: int) -> Conversation:
         """Draw a batch."""
-        step = self.steps[item]
-        # Small canvases first. One canvas a batch, so that nothing is padded.
-        canvases = CANVASES[1:3] if step < self.small else CANVASES
-        first, grid = step * self.scenes, canvases[step % len(canvases)]
-        scenes = [make_scene(self.split, index, grid) for index in range(first, first + self.scenes)]
-        asked = choose_questions(scenes, np.random.default_rng([7, step]), descriptions=step % LONG == 0)
+        step, number = self.steps[item], self.stage.scenes
+        done = step / self.stage.steps
+        canvases = next(some for until, some in LESSONS.items() if done < until)
+        # One canvas a batch, so that no picture is padded. Every other batch asks the tasks whose questions are long.
+        grid, first = canvases[step // 2 % len(canvases)], step * number
+        scenes = [make_scene(self.split, index, grid) for index in range(first, first + number)]
+        rng = np.random.default_rng([7, step])
+        asked = choose_questions(scenes, rng, LONG if step % 2 else SHORT, told=TOLD * max(0, 1 - done / TUTORED))
         images = [scene.image for scene in scenes]
-        views = list(process_images(images, self.processor, self.config))
+        views = list(process_images(images, self.processor, Anyres()))
         return converse(asked, views, [image.size for image in images], self.tokenizer, self.config)
 
 
@@ -180,13 +190,16 @@ def run_stage(
     args: argparse.Namespace,
 ) -> None:
     """Train until the stage's last step, from the state in `file` if there is one; leaves it there."""
-    start = 0
+    start, table = 0, file.with_suffix(".jsonl")
+    log: dict[str, float] = {}
     if file.exists():
         state = torch.load(file, map_location=args.device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    log: dict[str, float] = {}
+        start, log = state["step"], state["log"]
+        # What was logged after the state was saved is going to be logged again.
+        rows = table.read_text().splitlines() if table.exists() else []
+        table.write_text("".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= start))
     saved = began = time.monotonic()
     for number, batch in enumerate(batches(range(start, stage.steps)), start):
         with torch.autocast(args.device, torch.bfloat16, enabled=not args.fp32):
@@ -201,11 +214,11 @@ def run_stage(
             row = {"step": number + 1, "rate": rate, "seconds": round(time.monotonic() - began, 1)} | log
             line = json.dumps({key: round(value, 5) for key, value in row.items()})
             print(line, flush=True)
-            with file.with_suffix(".jsonl").open("a") as table:
-                table.write(line + "\n")
+            with table.open("a") as stream:
+                stream.write(line + "\n")
         if last or time.monotonic() - saved > 60 * args.save_minutes:
             saved = time.monotonic()
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": number + 1}
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": number + 1, "log": log}
             torch.save(state, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)
 
@@ -240,12 +253,13 @@ def talk(config: Config, args: argparse.Namespace, tower: dict[str, Tensor]) -> 
     torch.manual_seed(config.seed)
     model = build_model(config.vision, config.language, len(tokenizer))
     model.get_vision_tower().vision_tower.load_state_dict(tower)
+    model.config.image_grid_pinpoints = [list(size) for size in Anyres.image_grid_pinpoints]
     model.method = get("none")
     model.to(args.device)
     stage = Talking(model)
     optimizer = Optimizer(stage, config.talk, lambda name: ".layers." in name or "mm_projector" in name)
     batches = lambda steps: loader(  # noqa: E731
-        Conversations("train", config.talk.scenes, steps, config.talk.steps // 2, tokenizer, model.config), args.workers
+        Conversations("train", config.talk, steps, tokenizer, model.config), args.workers
     )
     run_stage(stage, config.talk, batches, optimizer, args.work / "talk.pt", args)
     save_checkpoint(args.work / "checkpoint", model, (frame / "tokenizer.model").read_bytes())
@@ -271,7 +285,8 @@ def train(config: Config, args: argparse.Namespace) -> Path:
     Raises:
         InputError: there is a state and `--resume` was not given, or it is of another configuration.
     """
-    record, now = args.work / "config.json", json.dumps(asdict(config))
+    record = args.work / "config.json"
+    now = json.dumps(asdict(config) | {"device": args.device, "bfloat16": not args.fp32})
     if record.exists() and not args.resume:
         raise InputError(f"{str(args.work)!r} holds a training; go on with --resume, or give another --work")
     if record.exists() and record.read_text() != now:

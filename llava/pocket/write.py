@@ -223,13 +223,16 @@ def ask_about(scenes: Sequence[Scene], task: str) -> list[tuple[Scene, Asked]]:
     rng, balance = np.random.default_rng([11, list(TASKS).index(task)]), Balance()
     asked: list[tuple[Scene, Asked]] = []
     for scene in scenes:
-        possible = list(TASKS[task](scene, rng))
-        chosen = balance.choose(
-            [a for a in possible if task != "mme" or a.answer == "Yes"], PER_SCENE.get(task, 2), rng
-        )
-        if task == "mme":
-            chosen = [one for yes in chosen for one in possible if one.category == yes.category]
-        asked += [(scene, one) for one in chosen]
+        possible, number = list(TASKS[task](scene, rng)), PER_SCENE.get(task, 2)
+        if task != "mme":
+            asked += [(scene, one) for one in balance.choose(possible, number, rng)]
+            continue
+        # A picture is in a category's folder once.
+        for _ in range(number):
+            for yes in balance.choose([a for a in possible if a.answer == "Yes"], 1, rng):
+                denied = [a for a in possible if a.frame == yes.frame and a.answer == "No"]
+                asked += [(scene, one) for one in (yes, *balance.choose(denied, 1, rng))]
+                possible = [a for a in possible if a.category != yes.category]
     return asked
 
 

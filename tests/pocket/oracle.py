@@ -62,7 +62,7 @@ FORMS = (
     ("stacked", r"Is the (\w+) above or below the (\w+)\?"),
     ("half", r"Is the (\w+) in the (left) or in the right half of the picture\?"),
     ("half", r"Is the (\w+) in the (top) or in the bottom half of the picture\?"),
-    ("named", r"Is there (an?) (\w+) (\w+) in the image\?"),
+    ("named", r"Is there (an?) (\w+) in the image\?"),
     ("present", r"Is there a (\w+) in this image\?"),
     ("counted", r"Is the number of signs (\d)\?"),
     ("coloured", r"Is the (\w+) (\w+)\?"),
@@ -120,9 +120,9 @@ class Looking:
     def placed(self, kind: str, which: str) -> str:
         return said(self.half(kind, {"right": "left", "bottom": "top"}.get(which, which)) == which)
 
-    def named(self, article: str, colour: str, kind: str) -> str:
-        assert article == ("an" if colour[0] in "aeiou" else "a")
-        return said(bool(self.find(kind, colour)))
+    def named(self, article: str, kind: str) -> str:
+        assert article == ("an" if kind[0] in "aeiou" else "a")
+        return said(bool(self.find(kind)))
 
     def present(self, kind: str) -> str:
         return said(bool(self.find(kind)))

@@ -89,31 +89,48 @@ def test_a_context_tells_what_is_asked_about_and_not_the_answer() -> None:
             assert asked.text.split()[-1].rstrip("?") in asked.hint
 
 
-def test_presence_is_asked_in_pairs_of_a_category() -> None:
+def test_what_is_absent_is_anything_the_common_or_the_double_of_what_is_there() -> None:
+    doubles = [{"circle", "ring"}, {"square", "diamond"}, {"sign", "note"}]
     for shown in undrawn("test", 200):
         asked = TASKS["pope"](shown, np.random.default_rng(0))
-        assert [one.answer for one in asked] == ["yes", "no"] * (len(asked) // 2)
-        assert [one.category for one in asked] == [one.template for one in asked]
-        absent = {one.category: one.text.split()[-5:-3] for one in asked if one.answer == "no"}
-        assert absent["popular"][1] == "sign"
-        if "adversarial" in absent:
-            colour, kind = absent["adversarial"]
-            assert colour in {thing.colour for thing in shown.things}
-            assert kind in {thing.kind for thing in shown.things}
-        else:
-            names = {thing.name for thing in shown.things}
-            crossed = {f"{one.colour} {other.kind}" for one in shown.things for other in shown.things}
-            assert crossed == names, "nothing else could be mixed from what is there"
+        kinds = {thing.kind for thing in shown.things}
+        found = defaultdict(set)
+        for one in asked:
+            assert one.category == one.template
+            assert one.text.split()[-4] == one.subject
+            found[one.category].add(one.subject)
+        assert found["random"] == {*ROUND, "sign", "note"}
+        assert found["popular"] == {"sign", "note"}
+        assert found["adversarial"] == set().union(*(pair for pair in doubles if pair & kinds))
+
+
+def test_the_popular_kinds_are_the_commonest() -> None:
+    kinds = Counter(thing.kind for shown in undrawn("train", 300) for thing in shown.things)
+    assert {kind for kind, _ in kinds.most_common(2)} == {"sign", "note"}
 
 
 def test_mme_affirms_and_denies_the_same() -> None:
+    """Of every frame there is one question to affirm, and some to deny that differ from it in one word."""
     for shown in undrawn("test", 200):
-        asked = TASKS["mme"](shown, np.random.default_rng(0))
-        for yes, no in zip(asked[::2], asked[1::2], strict=True):
-            assert (yes.answer, no.answer, yes.category) == ("Yes", "No", no.category)
-            differing = [pair for pair in zip(yes.text.split(), no.text.split(), strict=True) if pair[0] != pair[1]]
-            assert len(differing) == 1
-        assert len({one.category for one in asked}) * 2 == len(asked)
+        frames = defaultdict(list)
+        for one in TASKS["mme"](shown, np.random.default_rng(0)):
+            assert one.text == one.frame.format(one.subject)
+            frames[one.category, one.frame].append(one)
+        for (category, _), asked in frames.items():
+            answers = Counter(one.answer for one in asked)
+            # A thing may be clearly on one side both across and down.
+            assert answers["Yes"] == (len(asked) // 2 if category == "position" else 1)
+            assert len({one.subject for one in asked}) == len(asked) > 1
+            assert answers["No"] == len(asked) - answers["Yes"]
+
+
+def test_mme_asks_in_pairs_and_of_a_category_once_a_picture() -> None:
+    asked = ask_about(undrawn("test", 200), "mme")
+    for (shown, yes), (again, no) in zip(asked[::2], asked[1::2], strict=True):
+        assert shown is again
+        assert (yes.answer, no.answer, yes.frame) == ("Yes", "No", no.frame)
+    pictures = Counter((shown.index, one.category) for shown, one in asked)
+    assert set(pictures.values()) == {2}
 
 
 def test_a_description_mentions_everything_in_reading_order() -> None:
@@ -193,6 +210,18 @@ def test_balance_evens_answers_and_templates_out(offers: list[int], seed: int) -
     assert abs(seen["d"] - seen["e"]) <= 1
 
 
+def test_balance_asks_something_else_before_a_rare_answer_falls_behind() -> None:
+    """A scene in ten has the rare answer: once it was met, the common one waits for it, and the rest is elsewhere."""
+    balance, rng = Balance(), np.random.default_rng(0)
+    seen: Counter[str] = Counter()
+    for number in range(200):
+        (asked,) = balance.choose([*asked_of("b" if number % 10 == 9 else "a", "one"), *asked_of("x", "two")], 1, rng)
+        seen[asked.answer] += 1
+    assert 15 <= seen["b"] <= 20
+    assert seen["a"] <= 30, "80 without"
+    assert seen["x"] == 200 - seen["a"] - seen["b"]
+
+
 def test_balance_leaves_the_choice_among_equals_to_chance() -> None:
     first = {Balance().choose(asked_of("abcdefgh"), 1, np.random.default_rng(seed))[0].answer for seed in range(60)}
     assert len(first) == 8
@@ -221,7 +250,7 @@ def test_templates_and_answers_come_up_equally_often_where_scenes_allow(task: st
     scenes = undrawn("test", 200)
     counts = tally(ask_about(scenes, task))
     shares = [sum(found.values()) for found in counts.values()]
-    assert min(shares) > 0.85 * max(shares)
+    assert min(shares) > 0.8 * max(shares)
     possible: dict[tuple[str, str], set[int]] = defaultdict(set)
     for shown in scenes:
         for one in TASKS[task](shown, np.random.default_rng(shown.index)):
@@ -234,7 +263,7 @@ def test_templates_and_answers_come_up_equally_often_where_scenes_allow(task: st
             continue
         for answer in answers:
             assert found[answer] >= 0.5 * min(fair, len(possible[template, answer])), (template, answer, found)
-            assert task == "vqav2" or found[answer] <= 1.6 * fair, (template, answer, found)
+            assert found[answer] <= 1.6 * fair, (template, answer, found)
 
 
 @pytest.mark.parametrize("task", ["pope", "mme"])
@@ -244,9 +273,20 @@ def test_half_of_the_yes_no_questions_are_to_be_affirmed(task: str) -> None:
         assert abs(yes - no) <= (1 if task == "pope" else 0), (template, found)
 
 
+@pytest.mark.parametrize("task", ["pope", "mme"])
+def test_about_every_subject_both_answers_come_up_equally_often(task: str) -> None:
+    """Who knows that there mostly is a sign, or that there mostly is one sign only, gains nothing."""
+    found: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for _, one in ask_about(undrawn("test", 200), task):
+        found[one.template, one.subject][one.answer.lower()] += 1
+    guessed = {about: max(met.values()) / met.total() for about, met in found.items() if met.total() >= 12}
+    assert len(guessed) >= 13
+    assert max(guessed.values()) < 0.6, guessed
+
+
 # Best guess without looking: one of so many answers.
 CHANCE = {
-    ("vqav2", "colour"): 8, ("vqav2", "shape"): 6, ("vqav2", "count"): 4, ("vizwiz", "colour"): 8,
+    ("vqav2", "colour"): 8, ("vqav2", "shape"): 6, ("vqav2", "count"): 3, ("vizwiz", "colour"): 8,
     **{("gqa", template): 2 for template in ("side", "height", "half across", "half down")},
     **{("pope", template): 2 for template in ("random", "popular", "adversarial")},
     **{("mme", template): 2 for template in ("existence", "count", "color", "position", "OCR")},
@@ -266,8 +306,7 @@ def test_who_knows_a_templates_commonest_answer_is_right_by_chance_only(task: st
             assert share < 0.06
             continue
         chance = 1 / CHANCE.get((task, template), 4)
-        # Scenes with three signs are too rare for their share.
-        assert share < chance + (0.15 if template == "count" else 0.05), (template, share)
+        assert share < chance + 0.05, (template, share)
 
 
 @pytest.mark.parametrize("task", ["gqa", "pope", "mme", *CHOICE])

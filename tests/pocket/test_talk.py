@@ -14,9 +14,9 @@ from llava.eval.run_llava import build_prompt
 from llava.mm_utils import tokenizer_image_token
 from llava.pocket.questions import TASKS, Asked
 from llava.pocket.scenes import Scene, make_scene
-from llava.pocket.talk import ROWS, Conversation, Talking, choose_questions, converse
+from llava.pocket.talk import LONG, SHORT, Conversation, Talking, choose_questions, converse, tell
 from tests.pocket.oracle import truth
-from tests.pocket.tiny import conversation, untrained, views_of
+from tests.pocket.tiny import ASKED, conversation, undrawn, untrained, views_of
 
 GRIDS = [(2, 1), (2, 2), (1, 3)]
 
@@ -37,7 +37,7 @@ def shown(grid: tuple[int, int], number: int = 2) -> list[Scene]:
 
 def one_by_one(model: Any, words: Any, scenes: list[Scene]) -> list[Alone]:
     """Run every question with its whole prompt through LLaVA's forward, as upstream trains."""
-    asked = choose_questions(scenes, np.random.default_rng(1), True)
+    asked = choose_questions(scenes, np.random.default_rng(1), ASKED)
     found = []
     for scene, views, own in zip(scenes, views_of(scenes), asked, strict=True):
         for one in own:
@@ -62,7 +62,7 @@ def test_loss_and_logits_are_those_of_every_question_alone(grid: tuple[int, int]
     (logits,) = heard
     with torch.no_grad():
         alone = one_by_one(model, words, scenes)
-    assert len(logits) == len(alone) == 2 * ROWS
+    assert len(logits) == len(alone) == 2 * len(ASKED)
     for row, one in zip(logits, alone, strict=True):
         torch.testing.assert_close(row[-len(one.answer) - 1 : -1], one.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found["loss"], torch.stack([one.loss for one in alone]).mean(), atol=1e-4, rtol=1e-4)
@@ -99,7 +99,7 @@ def replaced(batch: Conversation, labels: Tensor) -> Conversation:
 def test_rows_are_template_question_answer_and_end(model: Any, words: Any) -> None:
     """What is fed is LLaVA's prompt, what is learnt the answer and the end, and nothing of one is in the other."""
     scenes = shown((2, 1))
-    asked = [one for own in choose_questions(scenes, np.random.default_rng(1), True) for one in own]
+    asked = [one for own in choose_questions(scenes, np.random.default_rng(1), ASKED) for one in own]
     batch = conversation(scenes, words, model.config)
     assert batch.prefix[-1] == IMAGE_TOKEN_INDEX
     assert (batch.prefix == IMAGE_TOKEN_INDEX).sum() == 1
@@ -145,27 +145,60 @@ def test_gradients_are_those_of_every_question_alone(words: Any) -> None:
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-3)
 
 
-def test_every_scene_is_asked_as_much_from_all_tasks() -> None:
+@pytest.mark.parametrize("tasks", [SHORT, LONG])
+def test_every_scene_is_asked_as_much_as_wanted(tasks: dict[str, int]) -> None:
     seen: Counter[str] = Counter()
-    for step in range(30):
-        scenes = [make_scene("train", index) for index in range(step, step + 2)]
-        chosen = choose_questions(scenes, np.random.default_rng(step), descriptions=step % 2 == 0)
-        assert [len(own) for own in chosen] == [ROWS, ROWS]
-        tasks = {one.task for own in chosen for one in own}
-        assert step % 2 == 0 or "mmvet" not in tasks
+    for step in range(20):
+        scenes = undrawn("train", 60)[2 * step : 2 * step + 2]
+        chosen = choose_questions(scenes, np.random.default_rng(step), tasks)
+        assert [len(own) for own in chosen] == [sum(tasks.values())] * 2
         for scene, own in zip(scenes, chosen, strict=True):
             for one in (one for one in own if not one.options and one.task != "mmvet"):
                 assert truth(scene, one.text).lower() == one.answer.lower()
         seen.update(one.task for own in chosen for one in own)
-    assert seen.keys() == set(TASKS)
-    assert min(seen.values()) > 10
+    assert seen.keys() == set(tasks)
+    for task, number in tasks.items():
+        assert seen[task] > 20 * number, "of 40, or as many as scenes allow"
+
+
+def test_all_tasks_are_asked_and_with_their_likes() -> None:
+    assert {*SHORT, *LONG} == set(TASKS)
+    assert not set(SHORT) & set(LONG)
 
 
 def test_a_scene_with_little_to_ask_is_asked_again(words: Any, model: Any) -> None:
     """One thing only: fewer different questions than rows is no reason to stop."""
     scene = next(s for s in (make_scene("train", index) for index in range(60)) if len(s.things) == 1)
-    (own,) = choose_questions([scene], np.random.default_rng(0), False)
-    assert len(own) == ROWS
+    (own,) = choose_questions([scene], np.random.default_rng(0), SHORT)
+    assert len(own) == sum(SHORT.values())
     batch = converse([own], views_of([scene]), [scene.image.size], words, model.config)
     assert batch.ids.shape == batch.mask.shape == batch.labels.shape
     assert batch.tasks == [one.task for one in own]
+
+
+@pytest.mark.parametrize(("told", "some"), [(0.0, 0), (0.5, 0.5), (1.0, 1)])
+def test_as_many_choices_as_wanted_are_told(told: float, some: float) -> None:
+    """The context says the right option and none of the others; everything else stays."""
+    scenes, seen = undrawn("train", 60), Counter[bool]()
+    plain, with_hints = (choose_questions(scenes, np.random.default_rng(0), LONG, share) for share in (0, told))
+    assert [(a.task, a.template) for a in plain[0]] == [(a.task, a.template) for a in with_hints[0]]
+    for asked in (asked for own in with_hints for asked in own):
+        if not asked.options:
+            assert not asked.hint
+            continue
+        right = asked.options["ABCD".index(asked.answer)]
+        seen[right in asked.hint.rstrip(".。").replace("是", " ").split()] += 1
+        assert asked.hint in asked.prompt
+    assert seen[True] / seen.total() == pytest.approx(some, abs=0.1)
+
+
+def test_what_is_told_is_true() -> None:
+    for scene in undrawn("train", 40):
+        for task in ("scienceqa", "mmbench"):
+            for asked in TASKS[task](scene, np.random.default_rng(0)):
+                told = tell(asked).hint
+                right = asked.options["ABCD".index(asked.answer)]
+                assert told.split()[-1] == f"{right}."
+                others = [option for option in asked.options if option != right]
+                assert not any(option in told.split() for option in others if option not in asked.text)
+                assert tell(asked).text == asked.text

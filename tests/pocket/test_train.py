@@ -1,6 +1,7 @@
 """Training: a few steps learn, an interrupted run ends with the same bits, and what is written is a LLaVA-NeXT."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +20,7 @@ from llava.constants import InputError
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model, load_tokenizer
 from llava.model.miniature import state_shapes
-from llava.pocket import train
+from llava.pocket import talk, train
 from llava.pocket.model import build_model, build_tower
 from llava.pocket.questions import TASKS
 from llava.pocket.scenes import CANVASES, TILE, WORDS
@@ -183,8 +184,9 @@ def interrupted(config: Config, work: Path, monkeypatch: pytest.MonkeyPatch, *mo
 def test_a_resumed_run_ends_with_the_same_bits(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted in both stages, the state kept after every step."""
     interrupted(TWENTY, tmp_path / "work", monkeypatch, "--save-minutes", "0")
-    for name in ("see.pt", "talk.pt"):
-        assert_same_state(tmp_path / "work" / name, trained / name)
+    for name in ("see", "talk"):
+        assert_same_state(tmp_path / "work" / f"{name}.pt", trained / f"{name}.pt")
+        assert log_of(tmp_path / "work" / f"{name}.jsonl") == log_of(trained / f"{name}.jsonl")
     assert contents(tmp_path / "work" / "frame") == contents(trained / "frame")
     assert contents(tmp_path / "work" / "checkpoint") == contents(trained / "checkpoint")
 
@@ -198,9 +200,16 @@ def test_in_float32_too_with_steps_lost(tmp_path: Path, monkeypatch: pytest.Monk
     for name in ("see.pt", "talk.pt"):
         assert_same_state(tmp_path / "cut" / name, tmp_path / "whole" / name)
     assert contents(tmp_path / "cut" / "checkpoint") == contents(tmp_path / "whole" / "checkpoint")
-    repeated = [json.loads(line)["step"] for line in (tmp_path / "cut" / "talk.jsonl").read_text().splitlines()]
-    assert sorted(set(repeated)) == [1, 2, 3, 4, 5, 6]
-    assert len(repeated) > 6, "steps were lost and made again"
+    for stage in ("see", "talk"):
+        logs = [log_of(tmp_path / name / f"{stage}.jsonl") for name in ("cut", "whole")]
+        assert logs[0] == logs[1], "steps that were lost are made, and logged, again"
+        assert len(logs[0]) == 6
+
+
+def log_of(file: Path) -> list[dict[str, float]]:
+    """The rows of a log, without the time they took."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 @pytest.mark.slow
@@ -229,6 +238,7 @@ def test_resuming_a_finished_training_changes_nothing(trained: Path) -> None:
         (TWENTY, [], "holds a training; go on with --resume, or give another --work"),
         (replace(TWENTY, seed=1), ["--resume"], "holds a training with other settings; give another --work"),
         (replace(TWENTY, talk=replace(LONG, steps=21)), ["--resume"], "with other settings"),
+        (TWENTY, ["--resume", "--fp32"], "with other settings"),
     ],
 )
 def test_what_is_there_is_not_overwritten(trained: Path, config: Config, more: list[str], said: str) -> None:
@@ -261,7 +271,7 @@ def test_batches_follow_from_their_number_alone(words: Any, model: Any) -> None:
     assert torch.equal(early[5].pixels, late[1].pixels)
     assert torch.equal(early[5].labels, late[1].labels)
     assert not torch.equal(early[5].labels[0], early[6].labels[0])
-    talks = [Conversations("train", 2, steps, 6, words, model.config) for steps in (range(12), range(4, 12))]
+    talks = [Conversations("train", LONG, steps, words, model.config) for steps in (range(12), range(4, 12))]
     for step in (5, 9):
         one, other = talks[0][step], talks[1][step - 4]
         assert torch.equal(one.ids, other.ids)
@@ -270,14 +280,36 @@ def test_batches_follow_from_their_number_alone(words: Any, model: Any) -> None:
 
 
 def test_small_canvases_come_first_and_a_batch_has_one(words: Any, model: Any) -> None:
-    data = Conversations("train", 2, range(20), 6, words, model.config)
-    batches = [data[step] for step in range(16)]
+    data = Conversations("train", LONG, range(20), words, model.config)
+    batches = [data[step] for step in range(20)]
     for step, batch in enumerate(batches):
         assert len(set(batch.sizes)) == 1
-        assert step >= 6 or batch.sizes[0] in ((2 * TILE, TILE), (TILE, 2 * TILE))
-        assert step % 4 == 0 or "mmvet" not in batch.tasks, "descriptions make long rows"
-    assert {batch.sizes[0] for batch in batches} == {(TILE * cols, TILE * rows) for cols, rows in CANVASES}
-    assert "mmvet" in {task for batch in batches for task in batch.tasks}
+        across, down = (side // TILE for side in batch.sizes[0])
+        assert across * down == (1 if step < 10 else 2) or step >= 15
+        assert [view.shape[0] for view in batch.views] == [1 + across * down] * 2
+        assert set(batch.tasks) <= set(talk.LONG if step % 2 else talk.SHORT)
+    assert {batch.sizes[0] for batch in batches[15:]} <= {(TILE * cols, TILE * rows) for cols, rows in CANVASES}
+    assert {task for batch in batches for task in batch.tasks} == set(TASKS)
+
+
+def test_every_canvas_is_met_in_the_end_with_both_kinds_of_tasks(words: Any, model: Any) -> None:
+    stage = Stage(steps=100, scenes=1, rate=1e-3)
+    data = Conversations("train", stage, range(80, 100), words, model.config)
+    met = {(data[step].sizes[0], step % 2) for step in range(20)}
+    assert met == {((TILE * cols, TILE * rows), kind) for cols, rows in CANVASES for kind in (0, 1)}
+
+
+def test_answers_are_told_less_and_less(words: Any, model: Any) -> None:
+    """Of a long training: most contexts give the answer away at first, none from the middle on."""
+    stage = Stage(steps=1000, scenes=2, rate=1e-3)
+    data = Conversations("train", stage, range(1000), words, model.config)
+    shares = []
+    for first in (1, 251, 501):
+        texts = [words.decode(row) for step in range(first, first + 20, 2) for row in data[step].ids]
+        told = [bool(re.search(r"thing is an? \w+\.|The \w+ is \w+\.|says|答案是", text)) for text in texts]
+        shares.append(sum(told) / len(told))
+    assert shares[0] > shares[1] > 0
+    assert shares[2] == 0
 
 
 def test_the_tokenizer_knows_the_questions_and_spells_what_signs_say(trained: Path) -> None:

@@ -100,7 +100,11 @@ def views_of(shown: Sequence[Scene]) -> list[torch.Tensor]:
     return [process_images([one.image], processor(), Anyres())[0] for one in shown]
 
 
-def conversation(shown: Sequence[Scene], words: Any, config: Any, descriptions: bool = True) -> Conversation:
-    """Six questions about every scene."""
-    asked = choose_questions(shown, np.random.default_rng(1), descriptions)
+ASKED = dict.fromkeys(TASKS, 1)
+"""One question of every task."""
+
+
+def conversation(shown: Sequence[Scene], words: Any, config: Any) -> Conversation:
+    """Ten questions about every scene."""
+    asked = choose_questions(shown, np.random.default_rng(1), ASKED)
     return converse(asked, views_of(shown), [one.image.size for one in shown], words, config)
