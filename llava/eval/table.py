@@ -38,6 +38,10 @@ class Run:
     key: Key
     config: Mapping[str, Any]
     """Everything answers depend on, the method left out: what two runs must share to be compared."""
+    answers: Path
+    """The file."""
+    given: int
+    """Answers in it."""
     result: Result
     pictures: Mapping[str, str]
     """Question id -> what it is about."""
@@ -72,9 +76,9 @@ def collect(root: Path, data: Path, model: str | None = None) -> list[Run]:
         model: keep runs of this `--model-path` only; None: all.
 
     Raises:
-        InputError: there is none, or they are of several models.
+        InputError: there is none, they are of several models, or two answer the same questions in the same way.
     """
-    runs = []
+    runs: list[Run] = []
     for record in sorted(root.rglob(f"*{RECORD}")):
         answers = record.with_name(record.name.removesuffix(RECORD))
         config = json.loads(record.read_text())
@@ -87,6 +91,8 @@ def collect(root: Path, data: Path, model: str | None = None) -> list[Run]:
                 benchmark=benchmark.name,
                 key=key,
                 config=config,
+                answers=answers,
+                given=len(rows),
                 result=benchmark.score(rows, data / benchmark.folder),
                 pictures=pictures(rows),
                 seconds=_seconds(answers),
@@ -99,6 +105,14 @@ def collect(root: Path, data: Path, model: str | None = None) -> list[Run]:
         raise InputError(
             f"answers of several models under {str(root)!r} ({', '.join(models)}); choose with --model-path"
         )
+    first: dict[tuple[str, Key], Run] = {}
+    for run in runs:
+        other = first.setdefault((run.benchmark, run.key), run)
+        if other is not run:
+            raise InputError(
+                f"{str(other.answers)!r} ({other.given} answers) and {str(run.answers)!r} ({run.given}) are both "
+                f"{run.benchmark} with {run.key[0]} at {run.key[1]:g}; move one elsewhere"
+            )
     return runs
 
 
@@ -118,10 +132,12 @@ def upper_bound(run: Run, runs: Sequence[Run]) -> Run:
         InputError: the same configuration has none.
     """
     for other in runs:
-        if other.key == UPPER and other.benchmark == run.benchmark and other.config == run.config:
+        same = other.benchmark == run.benchmark and other.config == run.config and other.given == run.given
+        if other.key == UPPER and same:
             return other
     raise InputError(
-        f"{run.benchmark} with {run.key[0]} at {run.key[1]:g} has no upper bound of the same configuration; "
+        f"{run.benchmark} with {run.key[0]} at {run.key[1]:g} has no upper bound with {run.given} answers of the same "
+        "configuration; "
         "run it with METHOD=none and otherwise the same variables"
     )
 

@@ -56,6 +56,13 @@ class Config:
     talk: Stage = Stage(steps=6000, scenes=8, rate=1.5e-3)
 
 
+LARGE = Config(
+    vision=(192, 6),
+    language=(192, 6),
+    see=Stage(steps=4000, scenes=32, rate=1.5e-3),
+    talk=Stage(steps=12000, scenes=16, rate=1.2e-3),
+)
+"""For a GPU."""
 TOLD, TUTORED = 0.6, 0.5
 """The share of multiple-choice questions whose context tells the answer falls from the first number to 0 by the second
 share of stage 2: to name the letter of what one knows is learnt apart from seeing it."""
@@ -272,6 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, required=True, help="state, logs and checkpoint, outside the repository")
     parser.add_argument("--resume", action="store_true", help="go on from the state that is there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--large", action="store_true", help="the configuration for a GPU: larger, longer")
     parser.add_argument("--fp32", action="store_true", help="no bfloat16")
     parser.add_argument("--workers", type=at_least(0), default=1, help="processes that draw scenes")
     parser.add_argument("--log-every", type=at_least(1), default=20, help="steps")
@@ -300,7 +308,8 @@ def train(config: Config, args: argparse.Namespace) -> Path:
 
 def main() -> None:
     """Run the command."""
-    print(train(Config(), build_parser().parse_args()))
+    args = build_parser().parse_args()
+    print(train(LARGE if args.large else Config(), args))
 
 
 if __name__ == "__main__":

@@ -134,3 +134,20 @@ def test_command(results, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_command(table.main)
     assert stop.value.code == 2
+
+
+def test_two_files_that_answer_the_same_are_told(results):
+    """A run with --limit beside a whole one: which one a table means cannot be guessed."""
+    results("upper", "none(retention_ratio=0.25)", 16)
+    root, data = results("again", "none(retention_ratio=0.5)", 12)
+    with pytest.raises(InputError, match="are both gqa with none at 1; move one elsewhere"):
+        table.collect(root, data)
+
+
+def test_a_run_is_compared_with_an_upper_bound_of_as_many_answers(results):
+    root, data = results("upper", "none(retention_ratio=0.25)", 16)
+    results("quarter", "globalcom2(retention_ratio=0.25)", 12)
+    file = root / "upper" / "a.jsonl"
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:10]))
+    with pytest.raises(InputError, match="no upper bound with 20 answers"):
+        table.compare(table.collect(root, data))

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from llava.compress.base import Compressor, Selection, Views
 from llava.pocket import gates
-from llava.pocket.gates import attention_on_things, coverage, home, patches_of, sight
+from llava.pocket.gates import attention_on_things, controls, coverage, home, patches_of, sight
 from llava.pocket.model import build_tower
+from llava.pocket.questions import TASKS
 from llava.pocket.scenes import CHARACTERS, KINDS, SHAPES, SIDE, Scene, Thing
 from llava.pocket.see import ASPECTS, Seeing, label_views
 from llava.pocket.train import Anyres, processor
-from tests.pocket.tiny import VISION, arrange, drawn, put, views_of
+from llava.pocket.write import write_benchmarks
+from tests.pocket.tiny import VISION, arrange, checkpoint, drawn, put, views_of
 
 CLASSES = sum(ASPECTS.values())
 
@@ -242,3 +245,24 @@ def test_coverage_counts_crop_patches_only(model: Any, monkeypatch: pytest.Monke
         "small patches": pytest.approx((1 / 2 + 0 + 1) / 3),
     }
     assert coverage(model, processor(), [scene], "0")["big found"] == 0
+
+
+def test_an_error_leaves_the_method_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = model.method
+    monkeypatch.setattr(gates, "process_images", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        coverage(model, processor(), drawn("test")[:1], "uniform(retention_ratio=0.1)")
+    assert model.method is before
+
+
+def test_controls_answer_the_whole_the_thumbnail_and_grey(tmp_path: Path) -> None:
+    """An untrained checkpoint: every task has a figure under each, and the mean is theirs without the unanswerable."""
+    path = str(checkpoint(tmp_path / "model"))
+    data = write_benchmarks(tmp_path / "data", scenes=3)
+    found = controls(path, data, tmp_path / "out", ["--max-new-tokens", "2", "--device", "cpu"])
+    assert list(found) == ["full", "thumbnail", "blank"]
+    for figures in found.values():
+        assert figures.keys() == {*TASKS, "mean", "unanswerable"}
+        assert figures["mean"] == pytest.approx(sum(figures[task] for task in TASKS) / 10)
+    assert (tmp_path / "data-blank" / "truth.json").exists()
+    assert {file.parent.parent.name for file in (tmp_path / "out").rglob("*.jsonl")} == {"data", "data-blank"}

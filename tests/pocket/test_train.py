@@ -370,3 +370,21 @@ def test_its_processor_is_that_of_training(loaded: Any) -> None:
     _, model, processor, _ = loaded
     for scene, wanted in zip(drawn("val", 6), views_of(drawn("val", 6)), strict=True):
         assert torch.equal(process_images([scene.image], processor, model.config)[0], wanted)
+
+
+@pytest.mark.parametrize("config", [Config(), train.LARGE])
+def test_a_checkpoint_is_16_mib_at_most(config: Config) -> None:
+    with torch.device("meta"):
+        model = build_model(config.vision, config.language, 640)
+    assert 2 * sum(weight.numel() for weight in model.parameters()) < 16 * 2**20
+
+
+@pytest.mark.parametrize(("more", "config"), [([], Config()), (["--large"], train.LARGE)])
+def test_the_command_trains_one_of_two(
+    more: list[str], config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Config] = []
+    monkeypatch.setattr(train, "train", lambda config, args: given.append(config))
+    monkeypatch.setattr(sys, "argv", ["train", "--work", str(tmp_path), *more])
+    train.main()
+    assert given == [config]

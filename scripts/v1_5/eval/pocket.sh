@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# The pocket benchmark: ten tasks × methods × ratios on the shipped checkpoint, then table, curve and kept tokens in OUT:
+# The pocket benchmark: ten tasks × methods × ratios; table, ranking, curve and kept tokens go to OUT:
 #   METHODS="globalcom2 random uniform" RATIOS="0.75 0.5 0.25 0.1" LIMIT=100 bash scripts/v1_5/eval/pocket.sh
 # SWEEP=1 adds GlobalCom² over τ and α at 0.25. Scenes are drawn when they are missing; nothing is downloaded.
 CKPT=${CKPT:-playground/pocket} DATA=${DATA:-playground/data/pocket}
 OUT=${OUT:-playground/data/pocket/out${LIMIT:+-first$LIMIT}}
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
-read -ra ratios <<< "${RATIOS:-0.75 0.5 0.25 0.1}"
-read -ra methods <<< "${METHODS:-globalcom2}"
+read -ra ratios <<< "${RATIOS:-0.75 0.5 0.25 0.1}" && read -ra methods <<< "${METHODS:-globalcom2}"
 runs=(--root "$OUT" --data "$DATA" --model-path "$CKPT")
 grid() { run "$PYTHON" -m llava.eval.grid --model-path "$CKPT" --data "$DATA" --out "$OUT" ${LIMIT:+--limit "$LIMIT"} "$@"; }
 
@@ -18,6 +17,7 @@ if [[ -n ${SWEEP:-} ]]; then
     run "$PYTHON" -m llava.eval.plots "${runs[@]}" --field alpha --output "$OUT/alpha.png"
 fi
 run "$PYTHON" -m llava.eval.table "${runs[@]}"
+run "$PYTHON" -m llava.pocket.rank "${runs[@]}" --against "${methods[0]}"
 run "$PYTHON" -m llava.eval.plots "${runs[@]}" --output "$OUT/retention.png"
 for scene in 0000 0001 0002 0003; do
     run "$PYTHON" -m llava.visualize --model-path "$CKPT" --image-file "$DATA/scenes/$scene.png" \
