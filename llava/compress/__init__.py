@@ -16,7 +16,19 @@ from llava.constants import InputError
 if TYPE_CHECKING:
     from llava.compress.base import Compressor
 
-_PLUMBING = {"attach", "attention", "base", "pack", "tokens", "trace"}
+_PLUMBING = {
+    "__main__",
+    "allocation",
+    "attach",
+    "attention",
+    "base",
+    "encoding",
+    "merge",
+    "pack",
+    "stages",
+    "tokens",
+    "trace",
+}
 
 
 def available() -> list[str]:

@@ -5,16 +5,20 @@ what it intends for an image of a given size (`Plan`) and chooses tokens (`Selec
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llava.anyres import AnyResGrid
+from llava.compress.stages import LayerTokens, Reduction
 from llava.compress.tokens import budget, fill_shares, round_shares, top_indices
 from llava.constants import InputError
+
+if TYPE_CHECKING:
+    from llava.compress.encoding import EncoderTokens, Merging
 
 RATIO_VARIABLE = "LLAVA_RETENTION_RATIO"
 PROFILES = ("corrected", "released", "paper")
@@ -142,45 +146,6 @@ class Selection:
         return [b if view == 0 and by_score else b.sort().values for view, b in enumerate(best)]
 
 
-PAD, PREFIX, VISUAL, NEWLINE, TEXT = range(5)
-"""What a token of the sequence is: padding, text before the first image, patch, newline, any other text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerTokens:
-    """The sequence between two layers of the language model, at prefill."""
-
-    layer: int
-    """The layer that just ran."""
-    depth: int
-    """Layers of the language model."""
-    hidden: Tensor
-    """`[B, L, D]`, its output."""
-    role: Tensor
-    """`[B, L]`: PAD, PREFIX, VISUAL, NEWLINE or TEXT."""
-    n_visual: tuple[int, ...]
-    """B numbers of image tokens, newlines included, that entered the language model."""
-    attention: Callable[[Tensor], Tensor]
-    """Rows `[B, Q]` -> attention of the layer that just ran, `[B, H, Q, L]` in float32, only these rows recomputed."""
-
-    @property
-    def image(self) -> Tensor:
-        """Bool `[B, L]`: the token belongs to an image; released in-LLM methods rank newlines like patches."""
-        return (self.role == VISUAL) | (self.role == NEWLINE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reduction:
-    """What goes on to the next layer."""
-
-    keep: Tensor
-    """Bool `[B, L]`; padding does not matter."""
-    n_visual: tuple[int, ...]
-    """B numbers of image tokens kept: they follow from sizes alone, so that nothing is read from the device."""
-    positions: str = "keep"
-    """`keep` the tokens' positions, with gaps, or `repack` them without."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a method intends for an image of a given size, known before any pixel is looked at."""
@@ -212,6 +177,8 @@ class Compressor:
     """The selection does not depend on the prompt, so that all questions about an image can share it."""
     has_ratio: ClassVar[bool] = True
     """The number of kept tokens follows the retention ratio."""
+    llm_middle: ClassVar[bool] = False
+    """The points in the language model lie between attention and MLP of their layers, not behind them."""
 
     retention_ratio: float | None = None
     """Kept ÷ uncompressed visual tokens, in (0, 1]; None: LLAVA_RETENTION_RATIO, else line 101 of llava_arch."""
@@ -231,6 +198,11 @@ class Compressor:
         number = isinstance(value, (int, kind)) and not isinstance(value, bool)
         if not number or not low <= float(value) <= high:
             raise InputError(f"{self.name}'s {field} must be in [{low:g}, {high:g}], got {value!r}")
+
+    def _require_choice(self, field: str, choices: tuple[str, ...]) -> None:
+        """Refuse a word that is none of the choices; for `__post_init__`."""
+        if getattr(self, field) not in choices:
+            raise InputError(f"{self.name}'s {field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}")
 
     @property
     def ratio(self) -> float:
@@ -256,13 +228,33 @@ class Compressor:
         """Choose the tokens of every image of a call, each on its own."""
         return [self.select(views) for views in batch]
 
-    @property
-    def llm_points(self) -> tuple[int, ...]:
-        """Layers of the language model after which `reduce_in_llm` is asked, ascending."""
+    def encoder_points(self, depth: int) -> tuple[int, ...]:
+        """Layers of the encoder in which `reduce_in_encoder` is asked, ascending; `depth` of its layers run."""
         return ()
 
+    def reduce_in_encoder(self, tokens: "EncoderTokens") -> "Merging":
+        """Merge tokens of all views of a call, between attention and MLP of a layer."""
+        raise NotImplementedError(f"{self.name} has no encoder_points")
+
+    def patches_per_layer(self, grid: AnyResGrid, layout: Layout, depth: int) -> tuple[tuple[int, ...], ...]:
+        """Return the patches of every view that enter each layer of the encoder; one entry more, the features.
+
+        Raises:
+            InputError: the method cannot meet its ratio in an encoder of that depth.
+        """
+        return ((grid.patches_per_view,) * grid.n_views,) * (depth + 1)
+
+    @property
+    def llm_points(self) -> tuple[int, ...]:
+        """Layers of the language model, of 32 if it matters, after which `reduce_in_llm` is asked, ascending."""
+        return ()
+
+    def points_in(self, depth: int) -> tuple[int, ...]:
+        """The same for a language model of that depth."""
+        return self.llm_points
+
     def reduce_in_llm(self, tokens: LayerTokens) -> Reduction:
-        """Choose what the layers after `tokens.layer` get to see; must keep all text."""
+        """Choose what goes on from `tokens.layer`, and how; must keep all text. Reads nothing from the device."""
         raise NotImplementedError(f"{self.name} has no llm_points")
 
     def visual_per_layer(self, n_visual: int, depth: int) -> tuple[int, ...]:

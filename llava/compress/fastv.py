@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from llava.compress.base import PAD, Compressor, LayerTokens, Reduction
+from llava.compress.base import Compressor
+from llava.compress.stages import BUDGETS, PAD, PAPER_TOKENS, LayerTokens, Reduction
 from llava.compress.tokens import top_indices
 from llava.constants import InputError
-
-BUDGETS = ("layer_average", "after")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,26 +17,33 @@ class FastV(Compressor):
     Newlines are image tokens here, as in every port to LLaVA-NeXT. Text is never dropped, and the tokens that are left
     keep their positions.
 
-    Differs from the released code in: image tokens are found per prompt and not configured (its default is off by one,
-    so that the first image token always stays and the first token of the question may go); each prompt of a batch has
-    its own choice; the row is recomputed, so that the layer runs on fused attention; KV caches are really shorter.
+    Profiles: `released` looks for the image one token behind where it is, as the default of the release does: the first
+    image token always stays, and the first token behind the image may go in its stead.
+
+    Differs from the released code in: image tokens are found per prompt and not configured; each prompt of a batch has
+    its own choice; one row of attention is computed apart, so that the layer runs on fused attention; KV caches are
+    really shorter.
     """
 
     name = "fastv"
     paper = "arXiv 2403.06764"
+    profiles = ("corrected", "released")
     query_agnostic = False
 
     layer: int = 2
     """K: layers that run on everything."""
     budget: str = "layer_average"
-    """What the retention ratio means: the mean over all layers, or what is left `after` layer K (the authors')."""
+    """What the retention ratio means: the mean over all layers, what is left `after` layer K (the authors'), or that
+    much of `full` left after layer K, whatever the image (GlobalCom²'s `paper`)."""
+    full: int = PAPER_TOKENS
+    """What the ratio is of under budget='paper': five times the patches of a view."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot mean anything."""
         super().__post_init__()
         self._require("layer", int, 1, 10_000)
-        if self.budget not in BUDGETS:
-            raise InputError(f"fastv's budget must be one of {', '.join(BUDGETS)}, got {self.budget!r}")
+        self._require("full", int, 1, 1_000_000)
+        self._require_choice("budget", BUDGETS)
 
     @property
     def llm_points(self) -> tuple[int, ...]:
@@ -47,6 +53,10 @@ class FastV(Compressor):
     def visual_per_layer(self, n_visual: int, depth: int) -> tuple[int, ...]:
         """All for K layers, then what makes the ratio."""
         ratio, layer = self.ratio, self.layer
+        if layer >= depth:
+            raise InputError(f"fastv drops tokens before layer {layer}, but the model has {depth} layers; lower layer")
+        if self.budget == "paper":
+            return (n_visual,) * layer + (min(n_visual, round(ratio * self.full)),) * (depth - layer)
         after = ratio if self.budget == "after" else (ratio * depth - layer) / (depth - layer)
         if after < 0:
             raise InputError(
@@ -61,7 +71,10 @@ class FastV(Compressor):
         places = torch.arange(tokens.role.shape[1], device=tokens.role.device)
         last = torch.where(tokens.role != PAD, places, 0).amax(1, keepdim=True)  # [B, 1]
         scores = tokens.attention(last).mean(1)[:, 0]  # [B, L]
-        order = top_indices(scores, tokens.image)
+        ranked = tokens.image
+        if self.profile == "released":
+            ranked = torch.nn.functional.pad(ranked[:, :-1], (1, 0))
+        order = top_indices(scores, ranked)
         count = torch.tensor(kept, device=scores.device)[:, None]
-        chosen = torch.zeros_like(tokens.image).scatter(1, order, places < count)
-        return Reduction(keep=chosen | ~tokens.image, n_visual=kept)
+        chosen = torch.zeros_like(ranked).scatter(1, order, places < count)
+        return Reduction(keep=chosen | ~ranked, n_visual=kept)

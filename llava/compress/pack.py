@@ -29,6 +29,11 @@ class Packed:
     newlines: int
     """Newline tokens among the T tokens."""
 
+    @property
+    def visual(self) -> int:
+        """Tokens that show something: kept patches and what the method appended."""
+        return len(self.origin) - self.newlines
+
 
 def pack(
     views: Views, selection: Selection, projector: Callable[[Tensor], Tensor], newline: Tensor | None = None

@@ -32,7 +32,13 @@ class ImageTrace:
         return (
             f"{width}x{height}: ratio {plan.ratio:g} of {plan.patches} patches, planned {planned}, "
             f"kept {packed.patches}, {len(packed.origin)} tokens with {packed.newlines} newlines"
+            + (f" and {self.appended} appended" if self.appended else "")
         )
+
+    @property
+    def appended(self) -> int:
+        """Tokens of the method's own, which are no patch of the image."""
+        return 0 if self.selection.extra is None else len(self.selection.extra.features)
 
     def check(self) -> None:
         """Compare what was packed with the plan; reads nothing from the device.
@@ -44,16 +50,20 @@ class ImageTrace:
             raise RuntimeError(f"the method broke its plan: {self}")
 
     def ledger(self) -> dict[str, Any]:
-        """Return the account of this image as plain data.
+        """Return the account of this image as plain data; tokens = kept + newlines + appended.
+
+        `kept` are patches, `appended` the method's own tokens, which cost as much, so that `kept_ratio` counts both.
 
         Raises:
-            RuntimeError: the counts per view do not add up to what was packed.
+            RuntimeError: the counts do not add up to what was packed.
         """
         before = [self.grid.patches_per_view, *self.grid.crop_patches(self.unpad)]
         after = self.selection.count.tolist()
         plan = self.plan
         if sum(after) != self.packed.patches:
             raise RuntimeError(f"the method counts {sum(after)} kept tokens ({after}), but: {self}")
+        if sum(after) + self.appended != self.packed.visual:
+            raise RuntimeError(f"{sum(after)} kept and {self.appended} appended tokens are not what was packed: {self}")
         return {
             "size": list(self.grid.image_size),
             "grid": list(self.grid.crops) if self.grid.crops else None,
@@ -61,11 +71,12 @@ class ImageTrace:
             "patches_after": after,
             "crop_ratios": [round(k / n, 4) if n else None for k, n in zip(after[1:], before[1:], strict=True)],
             "newlines": self.packed.newlines,
+            "appended": self.appended,
             "tokens": len(self.packed.origin),
             "requested_ratio": plan.ratio,
             "planned": plan.at_least if plan.exact else [plan.at_least, plan.at_most],
             "kept": sum(after),
-            "kept_ratio": round(sum(after) / sum(before), 4),
+            "kept_ratio": round((sum(after) + self.appended) / sum(before), 4),
         }
 
 
@@ -100,6 +111,7 @@ class Trace:
             "method": self.method,
             "images": [image.ledger() for image in self.images],
             "sequence_lengths": self.sequence_lengths,
+            "visual_per_layer": [list(layers) for layers in self.visual_per_layer],
             "seconds": {stage: round(seconds, 4) for stage, seconds in self.seconds.items()},
         }
 

@@ -11,7 +11,7 @@ Left out, as small: embedding look-ups, preprocessing, sorting of scores, placin
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from llava.constants import InputError
 from llava.efficiency.ops import (
@@ -104,21 +104,38 @@ def kv_bytes(shape: Language, tokens: Sequence[int], batch: int = 1) -> int:
     return 2 * shape.kv_width * shape.element_bytes * sum(tokens) * batch
 
 
-def tower(shape: Tower, views: int, *, layers: int | None = None, fusion: Fusion = Fusion.NONE) -> Ops:
+def tower(
+    shape: Tower,
+    views: int,
+    *,
+    layers: int | None = None,
+    tokens: Sequence[int] | None = None,
+    fusion: Fusion = Fusion.NONE,
+) -> Ops:
     """Return the operators of encoding views in one call.
 
     Args:
         shape: the vision tower.
         views: of all images together.
         layers: how many run; None: as many as the features need.
+        tokens: of a view, [CLS] included, that enter every layer, and one more, those that leave the last; None: all.
         fusion: what is moved; nothing is hidden by a mask here.
+
+    Raises:
+        InputError: the numbers of tokens do not fit the layers.
     """
     c, e, n = shape.width, shape.element_bytes, views * shape.positions
     fan_in = shape.channels * shape.patch_size**2
     patches = linear("patches", views * shape.patches, fan_in, c, e)
     once = (patches, pointwise("positions", n * c, ADD, 2, e), pointwise("first norm", n * c, NORM, 2, e))
     run = shape.depth if layers is None else layers
-    ops = (*once, *(op.repeated(run) for op in _encoder_layer(shape, views, fusion)))
+    sizes = (shape.positions,) * (run + 1) if tokens is None else tuple(tokens)
+    if len(sizes) != run + 1 or min(sizes) < 1:
+        raise InputError(f"give tokens for each of {run} layers of the tower and for the features, got {list(sizes)}")
+    # Neighbouring layers of the same size are one set of operators that runs several times.
+    groups = [(pair, len(list(same))) for pair, same in groupby(pairwise(sizes))]
+    encoder = (op.repeated(number) for pair, number in groups for op in _encoder_layer(shape, views, *pair, fusion))
+    ops = (*once, *encoder)
     return matrix_products(ops) if fusion is Fusion.ALL else ops
 
 
@@ -151,6 +168,8 @@ def selection(
 def attention_rows(shape: Language, keys: int, rows: int, *, batch: int = 1, fusion: Fusion = Fusion.NONE) -> Ops:
     """Return the operators of recomputing rows of a decoder layer's attention (see `language_model.inside`).
 
+    Queries and keys are those the layer has projected for itself.
+
     Args:
         shape: the language model.
         keys: tokens of every sequence that the layer ran on.
@@ -158,12 +177,9 @@ def attention_rows(shape: Language, keys: int, rows: int, *, batch: int = 1, fus
         batch: sequences.
         fusion: what is moved.
     """
-    d, q, kv, e, n = shape.width, shape.query_width, shape.kv_width, shape.element_bytes, batch * keys
+    q, kv, e, n = shape.query_width, shape.kv_width, shape.element_bytes, batch * keys
     scores = batch * rows * keys * shape.heads
     ops = (
-        pointwise("norm", n * d, NORM, 2, e),
-        linear("query", batch * rows, d, q, e),
-        linear("keys", n, d, kv, e),
         Op(name="rows", macs=batch * rows * keys * q, activations=(batch * rows * q + n * kv) * e + scores * 4),
         pointwise("softmax", scores, SOFTMAX, 2, 4),  # in float32
     )
@@ -246,10 +262,10 @@ def _head(shape: Language, rows: int, logits: int, fusion: Fusion) -> Ops:
     return matrix_products(ops) if fusion is Fusion.ALL else ops
 
 
-def _encoder_layer(shape: Tower, views: int, fusion: Fusion) -> Ops:
-    """One layer of CLIP."""
-    c, m, e, n = shape.width, shape.inner, shape.element_bytes, views * shape.positions
-    square = n * shape.positions
+def _encoder_layer(shape: Tower, views: int, entering: int, leaving: int, fusion: Fusion) -> Ops:
+    """One layer of CLIP, whose MLP may run on fewer tokens than its attention."""
+    c, m, e, n = shape.width, shape.inner, shape.element_bytes, views * entering
+    square, left = n * entering, views * leaving
     attended = attention(
         shape.heads, width=c, rows=n, stored=n * c * e, square=square, seen=square, element=e, fusion=fusion
     )
@@ -265,9 +281,9 @@ def _encoder_layer(shape: Tower, views: int, fusion: Fusion) -> Ops:
         *attended,
         linear("o", n, c, c, e, bias=True),
         pointwise("attention add", n * c, ADD, 2, e),
-        pointwise("norm 2", n * c, NORM, 2, e),
-        linear("fc1", n, c, m, e, bias=True),
-        pointwise("gelu", n * m, GELU, 2, e),
-        linear("fc2", n, m, c, e, bias=True),
-        pointwise("mlp add", n * c, ADD, 2, e),
+        pointwise("norm 2", left * c, NORM, 2, e),
+        linear("fc1", left, c, m, e, bias=True),
+        pointwise("gelu", left * m, GELU, 2, e),
+        linear("fc2", left, m, c, e, bias=True),
+        pointwise("mlp add", left * c, ADD, 2, e),
     )

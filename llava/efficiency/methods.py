@@ -1,5 +1,6 @@
 """From a method and an image's size, or from what a model wrote down, to the tokens of a request."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -8,6 +9,7 @@ import torch
 from llava.anyres import AnyResGrid, Size, choose_grid
 from llava.compress import get
 from llava.compress.base import Compressor, Layout, Plan, Views
+from llava.compress.encoding import stand_in
 from llava.compress.pack import EXTRA, pack
 from llava.compress.tokens import budget
 from llava.compress.trace import Trace
@@ -46,6 +48,7 @@ class Looks(TypedDict):
     """What a method looks at, as fields of a `Request`."""
 
     tower_layers: int
+    tower_tokens: tuple[int, ...] | None
     cls_rows: int
     key_rows: int
     llm_rows: tuple[tuple[int, int], ...]
@@ -92,7 +95,7 @@ def plan_request(
         raise InputError(f"mm_patch_merge_type of {model.name!r} must be one of {', '.join(LAYOUTS)}")
     grid, layout = image_grid(model, image_size), LAYOUTS[model.merge]
     plan = method.plan(grid, layout)
-    newlines, extra = _rehearse(method, grid, layout, newline="unpad" in model.merge)
+    newlines, extra = _rehearse(model, method, grid, layout)
     kept = min(max(budget(plan.ratio, plan.patches), plan.at_least), plan.at_most)
     visual = method.visual_per_layer(kept + newlines + extra, model.language.layers)
     request = Request(
@@ -103,7 +106,7 @@ def plan_request(
         output=output,
         batch=batch,
         projected=kept + extra,
-        **_looks(model, method),
+        **_looks(model, method, [grid], layout),
     )
     return Planned(method=str(method), grid=grid, plan=plan, newlines=newlines, extra=extra, text=text, request=request)
 
@@ -125,25 +128,26 @@ def trace_requests(model: Model, trace: Trace, output: int = 1) -> list[Request]
     # Beams of a row run on the same tokens.
     visual = trace.visual_per_layer[:: max(1, len(trace.visual_per_layer) // len(rows))]
     visual = visual or [every_layer(model.language, 0)] * len(rows)
-    looks = _looks(model, get(trace.method if images else "none"))
+    method = get(trace.method if images else "none")
     share = len(images) // len(rows)
     requests = []
     for row, length in enumerate(rows):
         own = images[row * share : (row + 1) * share]
+        layout = Layout(unpad=all(image.unpad for image in own))
         request = Request(
             model=model,
             views=sum(image.grid.n_views for image in own),
             kept=sum(image.packed.patches for image in own),
-            projected=sum(len(image.packed.origin) - image.packed.newlines for image in own),
+            projected=sum(image.packed.visual for image in own),
             tokens=tuple(length - visual[row][0] + count for count in visual[row]),
             output=output,
-            **looks,
+            **_looks(model, method, [image.grid for image in own], layout),
         )
         requests.append(request)
     return requests
 
 
-def _looks(model: Model, method: Compressor) -> Looks:
+def _looks(model: Model, method: Compressor, grids: Sequence[AnyResGrid], layout: Layout) -> Looks:
     """What a method's taps make the tower do (see `compress.attach`), and its points the language model.
 
     One row is counted at every point, that of the last prompt token.
@@ -152,18 +156,25 @@ def _looks(model: Model, method: Compressor) -> Looks:
     rows, keys = ({index % layers for index in tapped} for tapped in (method.taps.cls, method.taps.keys))
     # A tap records a layer's input, so every layer before it must run.
     run = max(model.tower.depth, *rows, *keys) if rows | keys else model.tower.depth
+    merging = method.encoder_points(model.tower.depth)
+    left = [method.patches_per_layer(grid, layout, model.tower.depth) for grid in grids]
     return {
         "tower_layers": run,
+        # The views of a call are one rectangle; what a method does at its points is not counted.
+        "tower_tokens": tuple(1 + max(map(max, views)) for views in zip(*left, strict=True)) if merging else None,
         "cls_rows": len(rows),
         "key_rows": len(keys),
-        "llm_rows": tuple((layer, 1) for layer in method.llm_points),
+        "llm_rows": tuple((layer, 1) for layer in method.points_in(model.language.layers)),
     }
 
 
-def _rehearse(method: Compressor, grid: AnyResGrid, layout: Layout, newline: bool) -> tuple[int, int]:
+def _rehearse(model: Model, method: Compressor, grid: AnyResGrid, layout: Layout) -> tuple[int, int]:
     """Count the newlines and the appended tokens of a selection from noise."""
     generator = torch.Generator().manual_seed(0)
-    v, n = grid.n_views, grid.patches_per_view
+    v, n, ids, valid = grid.n_views, grid.patches_per_view, None, None
+    if method.encoder_points(model.tower.depth):
+        ids, valid = stand_in(grid, layout, method.patches_per_layer(grid, layout, model.tower.depth)[-1])
+        n = ids.shape[1]
     features = torch.randn(v, n, CHANNELS, generator=generator)
     taps = method.taps
     views = Views(
@@ -173,6 +184,9 @@ def _rehearse(method: Compressor, grid: AnyResGrid, layout: Layout, newline: boo
         keys={layer: torch.randn(v, n, CHANNELS, generator=generator) for layer in taps.keys},
         cls=features[:, 0] if taps.cls_feature else None,
         layout=layout,
+        ids=ids,
+        valid=valid,  # type: ignore[arg-type]
     )
-    packed = pack(views, method.select(views), lambda tokens: tokens, torch.zeros(CHANNELS) if newline else None)
+    newline = torch.zeros(CHANNELS) if "unpad" in model.merge else None
+    packed = pack(views, method.select(views), lambda tokens: tokens, newline)
     return packed.newlines, int((packed.origin == EXTRA).sum())

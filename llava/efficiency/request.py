@@ -46,6 +46,8 @@ class Request:
     """Patches the projector sees; None: the kept ones."""
     tower_layers: int | None = None
     """Layers of the tower that are run; None: those the features need."""
+    tower_tokens: tuple[int, ...] | None = None
+    """Tokens of a view that enter each of them, one entry more for the features; None: all."""
     cls_rows: int = 0
     """Layers of the tower whose [CLS] attention is recomputed."""
     key_rows: int = 0
@@ -92,7 +94,7 @@ class Request:
         rows = {"cls_rows": self.cls_rows, "key_rows": self.key_rows}
         steps = (self.decode_step(done, fusion) for done in range(1, self.output))
         return {
-            "tower": tower(model.tower, views, layers=self.tower_layers, fusion=fusion),
+            "tower": tower(model.tower, views, layers=self.tower_layers, tokens=self.tower_tokens, fusion=fusion),
             "selection": (*selection(model.tower, views, kept, **rows, fusion=fusion), *self._inside(fusion)),
             "projector": projector(model, projected, fusion=fusion),
             "prefill": prefill(
@@ -152,4 +154,4 @@ def released(request: Request) -> Request:
     """Return the same request in the arrangement of the authors' code: all tower layers, everything projected."""
     tower = request.model.tower
     everything = request.views * tower.patches
-    return replace(request, tower_layers=tower.layers, projected=everything, cls_rows=0)
+    return replace(request, tower_layers=tower.layers, tower_tokens=None, projected=everything, cls_rows=0)

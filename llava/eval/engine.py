@@ -139,8 +139,7 @@ class Engine:
         except InputError as error:  # the prompt is too long
             yield Answer(asked.index, asked.question, error=str(error))
             return
-        kept, total = (trace.images[0].packed.patches, trace.images[0].plan.patches) if trace.images else (0, 0)
-        yield Answer(asked.index, asked.question, self._text(output[0]), kept, total)
+        yield Answer(asked.index, asked.question, self._text(output[0]), *seen(trace))
 
     def _images(self, pictures: Sequence[Picture]) -> Any:
         """What `images` wants: single views as one tensor, AnyRes views as a list."""
@@ -202,7 +201,7 @@ class Engine:
             else:
                 output = self.model.generate_after(prefix, ids, mask, **self.generation)
             for row, (unit, part) in enumerate(zip(units, parts, strict=True)):
-                kept = unit.packed.patches if unit.packed else 0
+                kept = unit.packed.visual if unit.packed else 0
                 for question, answer in zip(part, output[row * rows :], strict=False):
                     yield Answer(question.index, question.question, self._text(answer), kept, unit.total)
 
@@ -226,6 +225,19 @@ class Engine:
 
     def _text(self, ids: Tensor) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def seen(trace: Trace) -> tuple[int, int]:
+    """Return the visual tokens the language model ran on and those of the uncompressed image, of one question.
+
+    Where their number changes from layer to layer it is the mean over layers, newlines included in both.
+    """
+    if not trace.images:
+        return 0, 0
+    image, layers = trace.images[0], trace.visual_per_layer[0]
+    if len(set(layers)) == 1:
+        return image.packed.visual, image.plan.patches
+    return round(sum(layers) / len(layers)), image.plan.patches + image.packed.newlines
 
 
 def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

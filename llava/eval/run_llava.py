@@ -7,7 +7,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from PIL import Image
@@ -139,11 +141,16 @@ def describe(ledger: dict[str, Any], names: Sequence[str]) -> str:
         lines.append(f"  ratio {image['requested_ratio']:g} of {sum(before)} patches: planned {image['planned']}")
         views = ["thumbnail", *(f"crop {j + 1}" for j in range(len(before) - 1))]
         kept = ", ".join(f"{view} {k} of {n}" for view, k, n in zip(views, after, before, strict=True))
-        lines.append(f"  kept {image['kept']} ({image['kept_ratio']:.1%}): {kept}")
+        appended = f" and {image['appended']} appended" if image["appended"] else ""
+        lines.append(f"  kept {image['kept']}{appended} ({image['kept_ratio']:.1%}): {kept}")
         if image["grid"]:
             lines.append(f"  crop ratios {', '.join('-' if r is None else f'{r:.3f}' for r in image['crop_ratios'])}")
         lines.append(f"  {image['tokens']} tokens with {image['newlines']} newlines")
     lines.append(f"sequence of {', '.join(map(str, ledger['sequence_lengths']))} tokens")
+    for layers in ledger["visual_per_layer"]:
+        if len(set(layers)) > 1:
+            runs = ", ".join(f"{len(list(some))} of {number}" for number, some in groupby(layers))
+            lines.append(f"visual tokens by layer, newlines included: {runs}; on average {fmean(layers):.1f}")
     lines.append("seconds: " + ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in ledger["seconds"].items()))
     return "\n".join(lines) + "\n"
 

@@ -1,18 +1,16 @@
 """LLaVA's joint between vision and language, and GlobalCom² (arXiv 2501.05179), which lives in it.
 
 The way of an image: `view_images` -> CLIP tower -> `Views` -> `method.select` -> `pack` (projects kept tokens only) ->
-`splice` -> language model. GlobalCom² is one `method` among those in `llava/compress`; it stands here because its users
-look for it here, and its one hyper-parameter stands on line 101, where they edit it.
+`splice` -> language model. GlobalCom² is one `method` of those in `llava/compress`; it stands where its users look.
 
 Where the paper's equations are:
     eq. 1    [CLS] score of a patch          `GlobalCom2._scores` (from `compress.attention.cls_logits`)
-    eq. 2    importance of a crop            `crop_importance`
-    eq. 3-5  its preliminary ratio           `crop_ratios`
+    eq. 2-5  a crop's preliminary ratio      `compress.allocation`: `crop_importance`, `crop_ratios`
     eq. 6-7  its tokens, within the budget   `GlobalCom2._count`
              as the released code has them   `generate_scale_for_crop_features`
     "interp" the thumbnail's view of a crop  `GlobalCom2._project`; per crop, `interpolate_and_split_cls_attn_scores`
     eq. 8    worth of a crop's patch         `GlobalCom2._blend`
-R is line 101; τ and α are fields of `GlobalCom2`.
+R is line 101, where its users edit it; τ, α and the variants of Tables III and IV are fields of `GlobalCom2`.
 """
 
 from collections.abc import Sequence
@@ -28,10 +26,11 @@ from torch import Tensor, nn
 
 from llava.anyres import AnyResGrid
 from llava.compress import base
+from llava.compress.allocation import ALLOCATIONS, crop_importance, crop_ratios
 from llava.compress.attach import attach
 from llava.compress.base import Compressor, Layout, Plan, Selection, Taps, Views
 from llava.compress.pack import Packed, pack
-from llava.compress.tokens import fill_shares, round_shares, top_indices, unit
+from llava.compress.tokens import budget, fill_shares, round_shares, top_indices, unit
 from llava.compress.trace import ImageTrace, Trace
 from llava.constants import IMAGE_TOKEN_INDEX, InputError
 from llava.model.multimodal_encoder.builder import build_vision_tower
@@ -59,33 +58,6 @@ class LlavaMetaModel:
         return self.vision_tower
 
 
-def crop_importance(scores: Tensor, cols: int, rows: int) -> Tensor:
-    """Sum the thumbnail's scores over the region of every crop (eq. 2).
-
-    Args:
-        scores: `[N]`, the thumbnail's [CLS] scores.
-        cols: crops across.
-        rows: crops down.
-
-    Returns:
-        `[n]` in float64, row-major. Regions are equal; what does not divide goes to the last.
-    """
-    side = isqrt(scores.numel())
-    along = torch.arange(side, device=scores.device)
-    col = (along // max(1, side // cols)).clamp_max(cols - 1)
-    row = (along // max(1, side // rows)).clamp_max(rows - 1)
-    region = (row[:, None] * cols + col).flatten()  # [N]
-    member = region == torch.arange(cols * rows, device=scores.device)[:, None]  # [n, N]
-    return (member * scores.double()).sum(1)
-
-
-def crop_ratios(importance: Tensor, ratio: float, temperature: float) -> Tensor:
-    """Turn the crops' importance `[n]` into retention ratios `[n]`, not yet clipped (eq. 3-5)."""
-    weight = torch.exp((importance - importance.max()) / temperature)
-    share = weight / (weight.sum() + 1e-8)
-    return ratio * (1 + share - share.mean())
-
-
 def interpolate_scores(scores: Tensor, width: int, height: int) -> Tensor:
     """Resize the thumbnail's score map `[N]` bilinearly (half-pixel centres, clamped edges) to `[height, width]`."""
     side = isqrt(scores.numel())
@@ -93,6 +65,34 @@ def interpolate_scores(scores: Tensor, width: int, height: int) -> Tensor:
         return scores.new_zeros(height, width)
     plane = scores.reshape(1, 1, side, side)
     return F.interpolate(plane, size=(height, width), mode="bilinear", align_corners=False)[0, 0]
+
+
+def interpolate_and_split_cls_attn_scores(
+    base_cls_attn_scores: Tensor,
+    cur_width: int,
+    cur_height: int,
+    num_patch_width: int,
+    num_patch_height: int,
+    crop_dimensions: Sequence[tuple[int, int]],
+) -> list[Tensor]:
+    """Resize the thumbnail's scores to the unpadded canvas and cut them per crop (see `GlobalCom2._project`).
+
+    Args:
+        base_cls_attn_scores: `[N]`, the thumbnail's [CLS] scores.
+        cur_width: patches across the unpadded canvas.
+        cur_height: patches down the unpadded canvas.
+        num_patch_width: crops across.
+        num_patch_height: crops down.
+        crop_dimensions: `(height, width)` of every crop's unpadded part in patches, row-major.
+
+    Returns:
+        One `[height * width]` tensor per crop, row-major.
+    """
+    plane = interpolate_scores(base_cls_attn_scores.flatten(), cur_width, cur_height)
+    cols, n = num_patch_width, num_patch_width * num_patch_height
+    heights = [max(h for h, _ in crop_dimensions[first:][:cols]) for first in range(0, n, cols)]
+    widths = [max(w for _, w in crop_dimensions[first::cols]) for first in range(cols)]
+    return [tile.flatten() for band in plane.split(heights) for tile in band.split(widths, dim=1)]
 
 
 # The share of visual tokens to keep, GlobalCom²'s one hyper-parameter: kept ÷ uncompressed, in (0, 1]. Edit it here, or
@@ -121,34 +121,7 @@ def generate_scale_for_crop_features(
     return crop_ratios(importance, base.resolve_ratio(base_scale), temperature).clamp_max(1).tolist()
 
 
-def interpolate_and_split_cls_attn_scores(
-    base_cls_attn_scores: Tensor,
-    cur_width: int,
-    cur_height: int,
-    num_patch_width: int,
-    num_patch_height: int,
-    crop_dimensions: Sequence[tuple[int, int]],
-) -> list[Tensor]:
-    """Resize the thumbnail's scores to the unpadded canvas and cut them per crop (see `GlobalCom2._project`).
-
-    Args:
-        base_cls_attn_scores: `[N]`, the thumbnail's [CLS] scores.
-        cur_width: patches across the unpadded canvas.
-        cur_height: patches down the unpadded canvas.
-        num_patch_width: crops across.
-        num_patch_height: crops down.
-        crop_dimensions: `(height, width)` of every crop's unpadded part in patches, row-major.
-
-    Returns:
-        One `[height * width]` tensor per crop, row-major.
-    """
-    plane = interpolate_scores(base_cls_attn_scores.flatten(), cur_width, cur_height)
-    heights = [
-        max(h for h, _ in crop_dimensions[row * num_patch_width :][:num_patch_width]) for row in range(num_patch_height)
-    ]
-    widths = [max(w for _, w in crop_dimensions[col::num_patch_width]) for col in range(num_patch_width)]
-    bands = plane.split(heights)
-    return [tile.flatten() for band in bands for tile in band.split(widths, dim=1)]
+CRITERIA = ("local", "global", "both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,13 +146,21 @@ class GlobalCom2(Compressor):
     temperature: float = 10.0
     """τ of eq. 3: how evenly the budget is shared over the crops."""
     alpha: float = 0.5
-    """α of eq. 8: weight of the thumbnail's view of a patch against its crop's own."""
+    """α of eq. 8: weight of the thumbnail's view of a patch against its crop's own; for criterion `both` alone."""
+    allocation: str = "softmax_sum"
+    """What sets a crop's ratio (Table III): `softmax_sum` or `softmax_max` of the thumbnail's scores in its region,
+    `topk_count`, its part of the thumbnail's best ⌊R·N⌋ patches instead of σ, or nothing, `uniform`."""
+    criterion: str = "both"
+    """Whose view ranks a crop's patches (Table IV, Table III has `local`): `local` the crop's, `global`
+    the thumbnail's, or `both`."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot mean anything."""
         super().__post_init__()
         self._require("temperature", float, 1e-6, 1e6)
         self._require("alpha", float, 0, 1)
+        self._require_choice("allocation", ALLOCATIONS)
+        self._require_choice("criterion", CRITERIA)
 
     def plan(self, grid: AnyResGrid, layout: Layout = Layout()) -> Plan:  # noqa: B008 - frozen
         """Exact for `corrected` and for single views; otherwise the bounds of eq. 5."""
@@ -243,17 +224,18 @@ class GlobalCom2(Compressor):
         return grid.split(F.pad(plane, (left, across - right, top, down - bottom)))
 
     def _blend(self, overall: Tensor, local: Tensor, valid: Tensor) -> Tensor:
-        """Both views of a patch's worth as one `[n, N]` (eq. 8)."""
-        if self.profile == "paper":
-            return self.alpha * overall + (1 - self.alpha) * local
-        overall, local = unit(overall, valid), unit(local, valid)
-        alpha = 0.5 if self.profile == "released" else self.alpha  # a sum, as released, ranks as half and half
+        """Both views of a patch's worth as one `[n, N]` (eq. 8), or one of them."""
+        if self.profile != "paper":
+            overall, local = unit(overall, valid), unit(local, valid)
+        blend = 0.5 if self.profile == "released" else self.alpha  # a sum, as released, ranks as half and half
+        alpha = {"local": 0.0, "global": 1.0}.get(self.criterion, blend)
         return alpha * overall + (1 - alpha) * local
 
     def _count(self, thumbnail: Tensor, views: Views, total: int) -> Tensor:
         """Tokens every crop keeps: `[n]` (eq. 2-7), stays on the device."""
-        importance = crop_importance(thumbnail, *(views.grid.crops or (0, 0)))
-        ratios = crop_ratios(importance, self.ratio, self.temperature)
+        kept = max(1, budget(self.ratio, len(thumbnail)))
+        importance = crop_importance(thumbnail, *(views.grid.crops or (0, 0)), self.allocation, kept)
+        ratios = crop_ratios(importance, self.ratio, self.temperature, self.allocation)
         sizes = views.valid[1:].sum(1).double()
         if self.profile == "corrected":
             # Beside a dominant crop the others' ratios may agree to the last bit; odd tokens still go by importance.
@@ -307,7 +289,8 @@ class LlavaMetaForCausalLM:
         tower, inner, method = self.get_vision_tower(), self.get_model(), self.method
         clock = trace.clock if trace else lambda *_: nullcontext()
         pixels, grids, layout = view_images(images, image_sizes, self.config, tower)
-        with clock("vision", tower.device), attach(tower=tower.vision_tower, method=method) as session:
+        at_work = attach(tower=tower.vision_tower, method=method, depth=tower.depth, grids=grids, layout=layout)
+        with clock("vision", tower.device), at_work as session:
             hidden = tower.hidden(torch.cat([image.to(tower.device, tower.dtype) for image in pixels]))
             session.finish(tower.depth, hidden)
         with clock("selection", tower.device):

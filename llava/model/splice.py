@@ -7,9 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from llava.compress.base import NEWLINE, PAD, PREFIX, TEXT, VISUAL
 from llava.compress.pack import NEWLINE as NEWLINE_ORIGIN
 from llava.compress.pack import Packed
+from llava.compress.stages import NEWLINE, PAD, PREFIX, TEXT, VISUAL
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, InputError
 
 
@@ -26,7 +26,7 @@ class Spliced:
     labels: Tensor | None
     """`[B, L]`, IGNORE_INDEX on images and padding."""
     role: Tensor
-    """`[B, L]`: what every token is, as in `compress.base`."""
+    """`[B, L]`: what every token is, as in `compress.stages`."""
     lengths: list[int]
     """Tokens per row, padding not counted."""
     n_visual: tuple[int, ...]

@@ -192,7 +192,10 @@ def controls(model_path: str, data: Path, out: Path, words: Sequence[str] = ()) 
     return found
 
 
-METHODS = ("random", "uniform", "globalcom2", "globalcom2(alpha=0.0)", "globalcom2(alpha=1.0)")
+METHODS = (
+    *("random", "uniform", "fastervlm", "globalcom2", "globalcom2(allocation='uniform')"),
+    *("globalcom2(criterion='local')", "globalcom2(criterion='global')"),
+)
 
 
 def main() -> None:

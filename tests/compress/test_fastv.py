@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava.compress import get
-from llava.compress.base import NEWLINE, PAD, PREFIX, TEXT, VISUAL, LayerTokens
+from llava.compress.stages import NEWLINE, PAD, PREFIX, TEXT, VISUAL, LayerTokens
 from llava.constants import InputError
 
 ROW = torch.tensor(
@@ -34,6 +34,20 @@ def test_the_example_by_hand() -> None:
     assert (reduction.n_visual, reduction.positions) == ((2,), "keep")
 
 
+def test_released_is_off_by_one() -> None:
+    """The first image token stays unranked, and the first word behind the image goes."""
+    row = ROW.clone()
+    row[:, 6] = torch.tensor([0.15, 0.10])
+    role = [PREFIX, PREFIX, VISUAL, VISUAL, VISUAL, VISUAL, TEXT, TEXT]
+    for profile, expected in (("released", [0, 1, 2, 3, 4, 7]), ("corrected", [0, 1, 3, 4, 6, 7])):
+        method = get(f"fastv(retention_ratio=0.5, budget='after', profile={profile!r})")
+        reduction = method.reduce_in_llm(tokens(row, role, 4))
+        assert reduction.keep[0].nonzero().flatten().tolist() == expected
+        assert reduction.n_visual == (2,)
+        everything = get(f"fastv(retention_ratio=1, profile={profile!r})").reduce_in_llm(tokens(row, role, 4))
+        assert bool(everything.keep.all())
+
+
 def test_newlines_compete_and_padding_does_not_matter() -> None:
     role = [PAD, PREFIX, VISUAL, NEWLINE, VISUAL, NEWLINE, TEXT, TEXT]
     reduction = get("fastv(retention_ratio=0.25, budget='after')").reduce_in_llm(tokens(ROW, role, 4))
@@ -54,9 +68,21 @@ def test_after_is_the_authors_convention() -> None:
     assert get("fastv(retention_ratio=0.1, budget='after')").visual_per_layer(2340, 32)[-1] == 234
 
 
+def test_the_comparison_of_globalcom2() -> None:
+    """The ratio is one of 2880 tokens, whatever the image, behind the second layer."""
+    for ratio, kept in ((0.75, 2160), (0.5, 1440), (0.25, 720), (0.1, 288)):
+        method = get("fastv(budget='paper')", retention_ratio=ratio)
+        assert method.visual_per_layer(2928, 32) == (2928,) * 2 + (kept,) * 30
+        assert method.visual_per_layer(1176, 32)[-1] == min(kept, 1176)
+        assert method.visual_per_layer(0, 32) == (0,) * 32
+    assert get("fastv(budget='paper', full=720, retention_ratio=0.25)").visual_per_layer(600, 32)[-1] == 180
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(InputError, match=r"6\.25%.*more than 6\.00%"):
         get("fastv(retention_ratio=0.06)").visual_per_layer(2880, 32)
-    for bad in ("fastv(layer=0)", "fastv(layer=1.5)", "fastv(budget='paper')"):
+    with pytest.raises(InputError, match="before layer 32, but the model has 32"):
+        get("fastv(layer=32, retention_ratio=0.5)").visual_per_layer(2880, 32)
+    for bad in ("fastv(layer=0)", "fastv(layer=1.5)", "fastv(budget='all')", "fastv(full=0)"):
         with pytest.raises(InputError):
             get(bad)

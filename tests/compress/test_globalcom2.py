@@ -15,12 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava.anyres import AnyResGrid, choose_grid
 from llava.compress import available, get
-from llava.compress.base import Layout, Selection, Views
+from llava.compress.allocation import ALLOCATIONS
+from llava.compress.base import Layout, Selection, Views, uniform_counts
 from llava.compress.pack import pack
 from llava.compress.tokens import fill_shares
 from llava.constants import InputError
 from llava.model import llava_arch
 from llava.model.llava_arch import (
+    CRITERIA,
     GlobalCom2,
     crop_importance,
     crop_ratios,
@@ -730,3 +732,265 @@ def test_layouts_without_unpadding(layout: Layout) -> None:
         assert int(selection.count.sum()) == method.plan(grid, layout).at_least == int(180 * ratio)
     # The release compresses unpadded sequences or none.
     assert GlobalCom2(retention_ratio=0.25, profile="released").select(views).count.tolist() == [36] * 5
+
+
+# --- the ablations of Tables III and IV ------------------------------------------------------------------------------
+
+# Every allocation prefers another region: 0 has the largest sum, 1 the highest score, 2 three of the best four.
+#   regions   0            1             2            3
+#   scores    6 5 6.5 5.5  12 -4 -4 -4   9 8 7 -20    -1 -1 -1 -1
+#   sums      23           0             4            -4
+#   maxima    6.5          12            9            -1
+#   counts    0            1             3            0
+RIVALS = torch.tensor(
+    [
+        [6.0, 5.0, 12.0, -4.0],
+        [6.5, 5.5, -4.0, -4.0],
+        [9.0, 8.0, -1.0, -1.0],
+        [7.0, -20.0, -1.0, -1.0],
+    ]
+).flatten()
+# By hand, R = 0.25 and 16 patches a crop, so that r·16 = 4·(1 + σ - 1/4); exp of differences over τ = 10:
+#   sums    1, e^-2.3 = .10026, e^-1.9 = .14957, e^-2.7 = .06721, of 1.31704: σ = .75928, .07613, .11356, .05103
+#   maxima  e^-.55 = .57695, 1, e^-.3 = .74082, e^-1.3 = .27253, of 2.59030:  σ = .22273, .38606, .28600, .10521
+#   counts                                                                    σ = 0, 1/4, 3/4, 0
+O_ALLOCATIONS = {
+    "softmax_sum": ([23, 0, 4, -4], [6.0371, 3.3045, 3.4543, 3.2041], [6, 3, 3, 3], [6, 3, 4, 3]),
+    "softmax_max": ([6.5, 12, 9, -1], [3.8909, 4.5442, 4.1440, 3.4209], [3, 4, 4, 3], [4, 5, 4, 3]),
+    "topk_count": ([0, 1, 3, 0], [3, 4, 6, 3], [3, 4, 6, 3], [3, 4, 6, 3]),
+    "uniform": ([0, 0, 0, 0], [4, 4, 4, 4], [4, 4, 4, 4], [4, 4, 4, 4]),
+}
+
+
+def test_the_oracles_cover_every_allocation() -> None:
+    assert list(O_ALLOCATIONS) == list(ALLOCATIONS)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_oracle_allocations(allocation: str) -> None:
+    importance, share, released, corrected = O_ALLOCATIONS[allocation]
+    found = crop_importance(RIVALS, 2, 2, allocation, 4)
+    assert (found.dtype, found.tolist()) == (torch.float64, importance)
+    assert (crop_ratios(found, 0.25, 10.0, allocation) * 16).tolist() == pytest.approx(share, abs=1e-4)
+    grid = AnyResGrid(image_size=(672, 672), crops=(2, 2), side=4)
+    scores = noise(grid, 1.0, 0)
+    scores[0] = RIVALS
+    for profile, expected in (("released", released), ("corrected", corrected)):
+        method = GlobalCom2(retention_ratio=0.25, allocation=allocation, profile=profile)
+        assert method.select(views_of(grid, scores)).count.tolist() == [4, *expected]
+
+
+def test_topk_counts_what_is_kept_of_the_thumbnail() -> None:
+    # At R = 0.5 the best eight are 12, 9, 8, 7, 6.5, 6, 5.5, 5: four in region 0, one in 1, three in 2; of 8·(3/4 + σ).
+    grid = AnyResGrid(image_size=(672, 672), crops=(2, 2), side=4)
+    scores = noise(grid, 1.0, 0)
+    scores[0] = RIVALS
+    for profile in PROFILES:
+        method = GlobalCom2(retention_ratio=0.5, allocation="topk_count", profile=profile)
+        selection = method.select(views_of(grid, scores))
+        assert selection.count.tolist() == [8, 10, 7, 9, 6]
+        kept = [patch // 8 * 2 + patch % 4 // 2 for patch in selection.keep[0].tolist()]
+        assert [kept.count(region) for region in range(4)] == [4, 1, 3, 0]
+    # Less than one patch to keep: the best one decides, and there is nothing to divide by zero.
+    tiny = GlobalCom2(retention_ratio=0.06, allocation="topk_count")
+    assert tiny.select(views_of(grid, scores)).count.tolist() == [0, 1, 1, 1, 0]
+
+
+def ratios_by_hand(
+    scores: list[float], crops: tuple[int, int], side: int, allocation: str, ratio: float
+) -> list[float]:
+    """Preliminary ratios of the crops, patch by patch."""
+    best = reference.descending(dict(enumerate(scores)))[: max(1, int(ratio * side * side))]
+    regions: list[list[int]] = [[] for _ in range(math.prod(crops))]
+    for patch in range(side * side):
+        row, col = (
+            min(patch // side // (side // crops[1]), crops[1] - 1),
+            min(patch % side // (side // crops[0]), crops[0] - 1),
+        )
+        regions[row * crops[0] + col].append(patch)
+    if allocation == "uniform":
+        return [ratio] * len(regions)
+    if allocation == "topk_count":
+        return [ratio * (1 + len(set(best) & set(own)) / len(best) - 1 / len(regions)) for own in regions]
+    measure = max if allocation == "softmax_max" else sum
+    return reference.preliminary_ratios([measure(scores[patch] for patch in own) for own in regions], ratio)
+
+
+@pytest.mark.parametrize("size", [(672, 672), (640, 480), (97, 401), (1500, 130)])
+@pytest.mark.parametrize("crops", CHECKPOINT_GRIDS)
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_allocations_equal_the_naive_reference(allocation: str, crops: tuple[int, int], size: tuple[int, int]) -> None:
+    for side, ratio, std in ((12, 0.75, 4.0), (12, 0.25, 1.0), (7, 0.5, 0.25), (7, 0.1, 10.0)):
+        grid = AnyResGrid(image_size=size, crops=crops, side=side)
+        logits = noise(grid, std, seed=side, heads=2)
+        views = views_of(grid, logits)
+        sizes = [len(patches) for patches in reference.valid_patches(size, crops, side)]
+        total = int(ratio * sum(sizes))
+        for profile in PROFILES:
+            if profile == "paper":
+                (scores,) = reference.softmax_scores(views.cls_logits[-1][:1].tolist())
+            else:
+                scores = logits[0].mean(0).tolist()
+            first = ratios_by_hand(scores, crops, side, allocation, ratio)
+            method = GlobalCom2(retention_ratio=ratio, allocation=allocation, profile=profile)
+            count = method.select(views).count.tolist()[1:]
+            if profile != "corrected":
+                # Products such as 0.25 · 576 may come out an ulp below the integer that they are.
+                gamma = ratio * len(first) / sum(first) if profile == "paper" else 1.0
+                exact = [min(1.0, r * gamma) * n for r, n in zip(first, sizes, strict=True)]
+                assert all(int(e - 1e-6) <= k <= int(e + 1e-6) for k, e in zip(count, exact, strict=True))
+                continue
+            shares = reference.water_level_shares(first, sizes, total)
+            assert sum(count) == total or not sum(sizes)
+            assert all(abs(k - share) < 1 for k, share in zip(count, shares, strict=True))
+            if allocation.startswith("softmax"):  # no two remainders tie
+                assert count == reference.largest_remainder(shares, sizes, total)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    image=images(),
+    ratio=ratios,
+    allocation=st.sampled_from(ALLOCATIONS),
+    criterion=st.sampled_from(CRITERIA),
+    profile=st.sampled_from(PROFILES),
+)
+def test_every_ablation_keeps_to_its_plan(
+    image: tuple[AnyResGrid, Tensor], ratio: float, allocation: str, criterion: str, profile: str
+) -> None:
+    grid, scores = image
+    views = views_of(grid, scores)
+    method = GlobalCom2(retention_ratio=ratio, allocation=allocation, criterion=criterion, profile=profile)
+    selection, plan = method.select(views), method.plan(grid)
+    count = selection.count.tolist()
+    assert plan.at_least <= sum(count) <= plan.at_most
+    assert bool((views.valid | ~selection.kept).all())
+    if profile != "corrected":
+        return
+    assert plan.exact
+    assert (count[0], sum(count[1:])) == planned(grid, ratio)
+    sizes = list(map(len, reference.valid_patches(grid.image_size, grid.crops, grid.side)))
+    assert all(k <= n for k, n in zip(count[1:], sizes, strict=True))
+    # Among crops of a size, more of what the allocation looks at never means fewer tokens.
+    worth = crop_importance(scores[0], *grid.crops, allocation, max(1, int(ratio * grid.side**2))).tolist()
+    for (k, n, w), (other, size, v) in pairwise(
+        sorted(zip(count[1:], sizes, worth, strict=True), key=lambda c: (c[1], c[2]))
+    ):
+        assert n != size or w > v - 1e-9 or k <= other
+    if allocation == "uniform":
+        assert count == list(uniform_counts(ratio, grid))
+
+
+@pytest.mark.parametrize("crops", GRIDS)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_uniform_gives_every_crop_of_a_size_the_same(profile: str, crops: tuple[int, int]) -> None:
+    grid = AnyResGrid(image_size=(336 * crops[0], 336 * crops[1]), crops=crops, side=12)
+    scores = noise(grid, 1.0, 0)
+    scores[0, :12] += 100.0
+    for ratio in (1.0, *RATIOS):
+        method = GlobalCom2(retention_ratio=ratio, allocation="uniform", profile=profile)
+        count = method.select(views_of(grid, scores)).count.tolist()[1:]
+        low, high = min(count), max(count)
+        assert high - low <= (profile == "corrected")  # which gives every token of the budget to someone
+        assert low == int(ratio * 144)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_maximum_and_sum_agree_where_every_region_has_one_score(profile: str) -> None:
+    grid = AnyResGrid(image_size=(640, 480), crops=(2, 2), side=6)
+    scores = noise(grid, 1.0, 0)
+    scores[0] = torch.full((36,), -200.0 if profile == "paper" else 0.0)  # e^-200 is nothing
+    scores[0, [0, 4, 20, 35]] = torch.tensor([1.0, 9.0, 4.0, 2.0])
+    fields = {"retention_ratio": 0.4, "profile": profile, "temperature": 3.0}
+    found = [run(grid, scores, allocation=allocation, **fields) for allocation in ("softmax_sum", "softmax_max")]
+    assert found[0] == found[1]
+    assert found[0] != run(grid, scores, allocation="uniform", **fields) or profile == "paper"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_counting_and_uniformity_see_the_order_of_scores_alone(profile: str) -> None:
+    # Any increasing function of the thumbnail's scores is as good.
+    grid = AnyResGrid(image_size=(640, 480), crops=(2, 2), side=6)
+    scores = noise(grid, 1.0, 3)
+    bent = scores.clone()
+    bent[0] = scores[0].exp() * 3 - 7
+    for allocation in ("topk_count", "uniform"):
+        method = GlobalCom2(retention_ratio=0.3, allocation=allocation, profile=profile)
+        first, second = (method.select(views_of(grid, s)).count.tolist() for s in (scores, bent))
+        assert first == second
+
+
+# Two crops of 2x2 patches beside each other, R = 0.5. The thumbnail [[0, 1], [2, 4]] resized to 4 x 2 has the columns
+# 0, .25, .75, 1 of the way: rows (0, .25, .75, 1) and (2, 2.5, 3.5, 4). Crop 0 sees 0 .25 | 2 2.5, crop 1 the others.
+# Two of every crop are kept (`uniform`). At unit norm (3.211, 5.460; 5.916, 5.477) the sums of both views are
+#   crop 0, own 5 3 | 1 0: 0 + .845 = .845, .078 + .507 = .585, .623 + .169 = .792, .778 + 0 = .778: patches 0 and 2
+#   crop 1, own 1 5 | 2 0: .137 + .183 = .320, .183 + .913 = 1.096, .642 + .365 = 1.007, .733 + 0 = .733: 1 and 2
+CRITERION_SCORES = torch.tensor([[0.0, 1, 2, 4], [5, 3, 1, 0], [1, 5, 2, 0]])
+O_CRITERIA = {"local": [[0, 1], [1, 2]], "global": [[2, 3], [2, 3]], "both": [[0, 2], [1, 2]]}
+
+
+@pytest.mark.parametrize("profile", ["released", "corrected"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_oracle_criteria(criterion: str, profile: str) -> None:
+    grid = AnyResGrid(image_size=(672, 336), crops=(2, 1), side=2)
+    method = GlobalCom2(retention_ratio=0.5, criterion=criterion, allocation="uniform", profile=profile)
+    kept = method.select(views_of(grid, CRITERION_SCORES)).keep
+    assert [patches.tolist() for patches in kept[1:]] == O_CRITERIA[criterion]
+    assert sorted(kept[0].tolist()) == [2, 3]  # the thumbnail has only one view of itself
+
+
+@pytest.mark.parametrize("size", [(672, 672), (640, 480), (97, 401)])
+@pytest.mark.parametrize("profile", ["corrected", "paper"])
+def test_one_criterion_is_alpha_at_its_end(profile: str, size: tuple[int, int]) -> None:
+    grid = AnyResGrid(image_size=size, crops=(2, 2), side=12)
+    views = views_of(grid, noise(grid, 2.0, 5, heads=3))
+    fields = {"retention_ratio": 0.3, "profile": profile}
+    for criterion, alpha in (("local", 0.0), ("global", 1.0)):
+        one = GlobalCom2(criterion=criterion, alpha=0.7, **fields).select(views)  # α has no say
+        end = GlobalCom2(alpha=alpha, **fields).select(views)
+        assert torch.equal(one.order, end.order)
+        assert torch.equal(one.count, end.count)
+
+
+@pytest.mark.parametrize("crops", CHECKPOINT_GRIDS)
+def test_the_releases_views_can_be_asked_apart(crops: tuple[int, int]) -> None:
+    # It has no α; its crops are ranked by one view as they are, whatever the profile's normalisation.
+    for seed, size in enumerate([(672, 672), (640, 480), (97, 401)]):
+        grid = AnyResGrid(image_size=size, crops=crops, side=12)
+        scores = noise(grid, 1.0, seed)
+        views = views_of(grid, scores)
+        above = reference.projected(scores[0].tolist(), size, crops, 12)
+        selections = {
+            c: GlobalCom2(retention_ratio=0.3, profile="released", criterion=c).select(views) for c in CRITERIA
+        }
+        for crop, overall in enumerate(above):
+            worths = {"local": {patch: float(scores[1 + crop, patch]) for patch in overall}, "global": overall}
+            for criterion, worth in worths.items():
+                ranked = selections[criterion].order[1 + crop].tolist()[: len(worth)]
+                assert all(worth[b] <= worth[a] + 1e-5 for a, b in pairwise(ranked))
+        counts = [selection.count.tolist() for selection in selections.values()]
+        assert counts[0] == counts[1] == counts[2]
+        assert torch.equal(selections["local"].order[0], selections["global"].order[0])
+
+
+@pytest.mark.parametrize("field", ["allocation", "criterion"])
+@pytest.mark.parametrize("value", ["softmax", "", "Local", 1, True, ["uniform"]])
+def test_unknown_ablations_are_refused_in_one_line(field: str, value: object) -> None:
+    choices = {"allocation": ALLOCATIONS, "criterion": CRITERIA}[field]
+    with pytest.raises(InputError, match=f"globalcom2's {field} must be one of {', '.join(choices)}, got ") as caught:
+        get(f"globalcom2({field}={value!r})")
+    assert "\n" not in str(caught.value)
+
+
+def test_ablations_are_named_where_they_are_chosen() -> None:
+    spec = "globalcom2(retention_ratio=0.25, allocation='topk_count', criterion='local')"
+    assert str(get(spec)) == spec
+    assert str(get("globalcom2(allocation='softmax_sum', criterion='both')")) == "globalcom2()"
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_no_allocation_reads_from_the_device(allocation: str) -> None:
+    grid = AnyResGrid(image_size=(640, 480), crops=(2, 2), side=6)
+    views = views_of(grid, torch.randn(5, 36, device="meta"))
+    selection = GlobalCom2(retention_ratio=0.25, allocation=allocation, criterion="local").select(views)
+    assert selection.order.device.type == selection.count.device.type == "meta"

@@ -15,10 +15,11 @@ import llava.compress
 from llava.anyres import AnyResGrid
 from llava.compress import available, get, method_class
 from llava.compress.base import Compressor, Layout, Selection, Views
+from llava.compress.encoding import stand_in
 from llava.compress.pack import Packed, pack
 from llava.constants import InputError
 
-SIDE = 12
+SIDE, DEPTH = 12, 8
 # A single view, then the five grids of the checkpoints, padded above, at the sides and not at all.
 IMAGES = {
     "single": AnyResGrid(image_size=(500, 375), side=SIDE),
@@ -37,10 +38,16 @@ every_image = pytest.mark.parametrize("image", IMAGES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-def views_of(grid: AnyResGrid, name: str, dtype: torch.dtype = torch.float32, layout: Layout = Layout()) -> Views:
-    """A random image after the encoder, with all that the method taps."""
-    taps, draw = method_class(name).taps, torch.Generator().manual_seed(1)
+def views_of(
+    grid: AnyResGrid, method: str | Compressor, dtype: torch.dtype = torch.float32, layout: Layout = Layout()
+) -> Views:
+    """A random image after the encoder, with all that the method taps and as many patches as it leaves there."""
+    method = get(method) if isinstance(method, str) else method
+    taps, draw, ids, valid = method.taps, torch.Generator().manual_seed(1), None, None
     v, n, c, h = grid.n_views, grid.patches_per_view, 8, 2
+    if method.encoder_points(DEPTH):
+        ids, valid = stand_in(grid, layout, method.patches_per_layer(grid, layout, DEPTH)[-1])
+        n = ids.shape[1]
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw)
@@ -52,6 +59,8 @@ def views_of(grid: AnyResGrid, name: str, dtype: torch.dtype = torch.float32, la
         keys={layer: noise(v, n, c).to(dtype) for layer in taps.keys},
         cls=noise(v, c).to(dtype) if taps.cls_feature else None,
         layout=layout,
+        ids=ids,
+        valid=valid,
     )
 
 
@@ -69,8 +78,8 @@ def packed_of(views: Views, selection: Selection) -> Packed:
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_kept_tokens(name: str, image: str, dtype: torch.dtype, ratio: float) -> None:
     for layout in LAYOUTS:
-        views = views_of(IMAGES[image], name, dtype, layout)
         method = get(name, retention_ratio=ratio)
+        views = views_of(IMAGES[image], method, dtype, layout)
         selection, plan = method.select(views), method.plan(views.grid, layout)
 
         kept = [order[:k].tolist() for order, k in zip(selection.order, selection.count.tolist(), strict=True)]
@@ -84,7 +93,7 @@ def test_kept_tokens(name: str, image: str, dtype: torch.dtype, ratio: float) ->
         total = sum(map(len, kept))
         assert plan.at_least <= total <= plan.at_most
         assert total > 0
-        assert plan.patches == int(views.valid.sum())
+        assert plan.patches == views.grid.n_patches(layout.unpad)
         assert selection.total in (None, total)
 
         packed = packed_of(views, selection)
@@ -99,8 +108,9 @@ def test_kept_tokens(name: str, image: str, dtype: torch.dtype, ratio: float) ->
 @every_dtype
 def test_keeping_everything_is_no_compression(name: str, image: str, dtype: torch.dtype) -> None:
     for layout in LAYOUTS:
-        views = views_of(IMAGES[image], name, dtype, layout)
-        ours = packed_of(views, get(name, retention_ratio=1.0).select(views))
+        method = get(name, retention_ratio=1.0)
+        views = views_of(IMAGES[image], method, dtype, layout)
+        ours = packed_of(views, method.select(views))
         plain = packed_of(views, get("none").select(views))
         assert torch.equal(ours.features, plain.features)
         assert torch.equal(ours.origin, plain.origin)
@@ -109,9 +119,9 @@ def test_keeping_everything_is_no_compression(name: str, image: str, dtype: torc
 @every_method
 @every_image
 def test_selecting_twice_gives_the_same_and_leaves_the_views_alone(name: str, image: str) -> None:
-    views = views_of(IMAGES[image], name)
-    before = deepcopy(views)
     method = get(name, retention_ratio=0.25)
+    views = views_of(IMAGES[image], method)
+    before = deepcopy(views)
     first, torch_state = method.select(views), torch.get_rng_state()
     second = method.select(views)
     assert torch.equal(first.order, second.order)
@@ -130,7 +140,8 @@ def test_selecting_twice_gives_the_same_and_leaves_the_views_alone(name: str, im
 @every_image
 def test_selecting_reads_nothing_from_the_device(name: str, image: str) -> None:
     # A meta tensor holds no values: whatever asks for one raises.
-    views = views_of(IMAGES[image], name)
+    method = get(name, retention_ratio=0.25)
+    views = views_of(IMAGES[image], method)
     views = replace(
         views,
         features=views.features.to("meta"),
@@ -138,8 +149,8 @@ def test_selecting_reads_nothing_from_the_device(name: str, image: str) -> None:
         keys={layer: keys.to("meta") for layer, keys in views.keys.items()},
         valid=views.valid.to("meta"),
         cls=None if views.cls is None else views.cls.to("meta"),
+        ids=None if views.ids is None else views.ids.to("meta"),
     )
-    method = get(name, retention_ratio=0.25)
     selection = method.select(views)
     assert selection.order.device.type == selection.count.device.type == "meta"
     if method.plan(views.grid).exact:
@@ -150,7 +161,7 @@ def test_selecting_reads_nothing_from_the_device(name: str, image: str) -> None:
 @every_method
 def test_a_batch_is_selected_image_by_image(name: str) -> None:
     method = get(name, retention_ratio=0.25)
-    batch = [views_of(IMAGES[image], name) for image in IMAGES]
+    batch = [views_of(IMAGES[image], method) for image in IMAGES]
     for views, together in zip(batch, method.select_all(batch), strict=True):
         alone = method.select(views)
         assert torch.equal(packed_of(views, together).origin, packed_of(views, alone).origin)
@@ -160,9 +171,9 @@ def test_a_batch_is_selected_image_by_image(name: str) -> None:
 @every_method
 def test_images_without_a_patch_in_the_crops(name: str) -> None:
     for crops, size in (((1, 2), (500, 7)), ((2, 2), (1, 3000)), ((3, 1), (10000, 37))):
-        views = views_of(AnyResGrid(image_size=size, crops=crops, side=SIDE), name)
-        for ratio in (1.0, 0.25):
-            assert packed_of(views, get(name, retention_ratio=ratio).select(views)).patches > 0
+        for method in (get(name, retention_ratio=1.0), get(name, retention_ratio=0.25)):
+            views = views_of(AnyResGrid(image_size=size, crops=crops, side=SIDE), method)
+            assert packed_of(views, method.select(views)).patches > 0
 
 
 @every_method

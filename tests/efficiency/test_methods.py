@@ -1,6 +1,7 @@
 """From methods and traces to requests: what is announced is what a model really runs."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from llava.compress.trace import Trace
 from llava.constants import InputError
 from llava.efficiency.flops import every_layer
 from llava.efficiency.methods import image_grid, plan_request, trace_requests
+from llava.efficiency.ops import total
 from llava.efficiency.shapes import MODELS, load
 from llava.mm_utils import process_images
 from tests.conftest import picture
@@ -53,7 +55,8 @@ def test_a_single_view_has_no_newline() -> None:
 
 @pytest.mark.parametrize("name", available())
 def test_every_method_is_asked(name: str) -> None:
-    fields = {"retention_ratio": 0.25} if method_class(name).has_ratio else {}
+    # FiCoCo-L merges layer by layer: its mean over layers cannot go below 0.6.
+    fields = {"retention_ratio": 0.75 if name == "ficoco_l" else 0.25} if method_class(name).has_ratio else {}
     method = get(name, **fields)
     found = plan_request(NEXT, method, (640, 480))
     assert found.plan.at_least <= found.request.kept <= found.plan.at_most
@@ -87,19 +90,38 @@ def test_dropping_inside_the_language_model() -> None:
     assert found.request.kept == found.request.projected == 2880
     assert found.request.llm_rows == ((1, 1),)
     looks = {op.name: op.macs for op in found.request.stages()["selection"]}
-    assert looks == {
-        "gather": 0,
-        "norm": 0,
-        "query": 4096**2,
-        "keys": 2988 * 4096**2,
-        "rows": 2988 * 4096,
-        "softmax": 0,
-    }
+    assert looks == {"gather": 0, "rows": 2988 * 4096, "softmax": 0}, "the layer's own projections are looked at"
     with pytest.raises(InputError, match="ask for more than 5"):
         plan_request(NEXT, get("fastv", retention_ratio=0.05), (672, 672))
 
 
-@pytest.mark.parametrize("spec", ["none", "globalcom2(retention_ratio=0.25)", "uniform(retention_ratio=0.5)", INSIDE])
+def test_merging_inside_the_encoder() -> None:
+    """FiCoCo-V in layers 12 to 22: what they run on, and what that saves."""
+    found = plan_request(NEXT, get("ficoco_v", retention_ratio=0.25), (672, 672))
+    ran = found.request.tower_tokens
+    assert ran is not None
+    assert ran[:13] == (577,) * 13
+    assert ran[-1] == 145
+    assert len(ran) == 24
+    assert found.request.kept == 720
+    assert found.newlines == 48
+    dense, shorter = (
+        total(plan_request(NEXT, get(name, retention_ratio=0.25), (672, 672)).request.stages()["tower"]).macs
+        for name in ("uniform", "ficoco_v")
+    )
+    layers = sum(5 * (4 * n * 1024**2 + 2 * n**2 * 1024 + 2 * m * 1024 * 4096) for n, m in pairwise(ran))
+    everything = 23 * 5 * (12 * 577 * 1024**2 + 2 * 577**2 * 1024)
+    assert dense - shorter == everything - layers
+    with pytest.raises(InputError, match="each of 23 layers of the tower"):
+        replace(found.request, tower_tokens=(577,)).stages()
+
+
+MERGING = ("tome(retention_ratio=0.5)", "ficoco_v(retention_ratio=0.4)")
+
+
+@pytest.mark.parametrize(
+    "spec", ["none", "globalcom2(retention_ratio=0.25)", "uniform(retention_ratio=0.5)", INSIDE, *MERGING]
+)
 @pytest.mark.parametrize("size", [(120, 90), (60, 200)])
 def test_what_is_planned_is_what_runs(checkpoint: Any, loaded: Any, spec: str, size: tuple[int, int]) -> None:
     _, model, processor, _ = loaded("v1.6-vicuna")

@@ -237,6 +237,15 @@ def test_rows_are_upstreams(command, tmp_path):
     assert "<image>" not in first["prompt"]
 
 
+def test_what_is_dropped_inside_the_language_model_counts_as_kept_so_long(command):
+    """The mean over layers meets the ratio; what entered the first layer would look uncompressed."""
+    rows = command("a", "--method", "fastv(layer=1)", "--retention-ratio", "0.75")[1]
+    counts = [[row["metadata"][key] for key in ("visual_tokens", "total_visual_tokens")] for row in rows]
+    shares = [kept / total for kept, total in counts if total]
+    assert len(shares) > 1
+    assert shares == pytest.approx([0.75] * len(shares), abs=0.02)
+
+
 def test_nothing_is_asked_twice(command, monkeypatch):
     rows = command("a")[1]
     monkeypatch.setattr(answer, "load_engine", lambda *_: pytest.fail("everything was answered"))

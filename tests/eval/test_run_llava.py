@@ -259,3 +259,10 @@ def test_a_fresh_process_answers(checkpoint, photo):
     )
     assert done.stdout.strip()
     assert done.stderr.startswith("method globalcom2()")
+
+
+def test_tokens_by_layer_are_told_where_they_change():
+    ledger = {"method": "x", "images": [], "sequence_lengths": [9], "seconds": {}}
+    said = run_llava.describe(ledger | {"visual_per_layer": [[8, 8, 2, 2, 2, 2]]}, [])
+    assert "visual tokens by layer, newlines included: 2 of 8, 4 of 2; on average 4.0" in said
+    assert "by layer" not in run_llava.describe(ledger | {"visual_per_layer": [[8] * 6]}, [])

@@ -735,7 +735,7 @@ def test_the_ledger_adds_up(use: Any, pixels: Any, spec: str) -> None:
     model, trace = use(spec), Trace()
     out = model.generate(**pad(ROWS, "right"), images=pixels(*FLAT), image_sizes=FLAT, trace=trace, **GREEDY)
     ledger = trace.ledger()
-    assert set(ledger) == {"method", "images", "sequence_lengths", "seconds"}
+    assert set(ledger) == {"method", "images", "sequence_lengths", "visual_per_layer", "seconds"}
     assert ledger["method"] == str(model.method)
     assert [tuple(image["size"]) for image in ledger["images"]] == FLAT
     for image in ledger["images"]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from llava.compress import get
-from llava.compress.base import PAD, Compressor, LayerTokens, Reduction
+from llava.compress.base import Compressor
+from llava.compress.stages import PAD, TEXT, LayerTokens, Reduction
 from llava.compress.trace import Trace
 from llava.constants import IMAGE_TOKEN_INDEX, InputError
 from llava.mm_utils import process_images
@@ -74,10 +75,11 @@ def masked(model: Any, method: Compressor, row: Tensor, **images: Any) -> list[i
     embeds, role = s.inputs_embeds, s.role
     length, answer = embeds.shape[1], []
     alive = [torch.ones(length, dtype=torch.bool)]  # per stage, which prompt tokens are there
+    memo: dict[str, Tensor] = {}
     for _ in range(TOKENS):
         total = embeds.shape[1]
         causal = torch.ones(total, total).tril().bool()
-        hidden, before, stage = embeds, embeds, 0
+        hidden, before, stage, seen_at = embeds, embeds, 0, torch.arange(total)
         for index, layer in enumerate(inner.layers):
             if index - 1 in method.llm_points:
                 stage += 1
@@ -89,7 +91,12 @@ def masked(model: Any, method: Compressor, row: Tensor, **images: Any) -> list[i
                         hidden=hidden[:, places],
                         role=role[:, places],
                         n_visual=s.n_visual,
-                        attention=lambda rows, i=index - 1, x=before, p=places: by_hand(inner, i, x[:, p], p, rows),
+                        attention=lambda rows, i=index - 1, x=before, p=places, at=seen_at: by_hand(
+                            inner, i, x[:, p], at[p], rows
+                        ),
+                        n_text=(int((role == TEXT).sum()),),
+                        entry=embeds,
+                        memo=memo,
                     )
                     kept = torch.zeros_like(alive[-1])
                     kept[places[method.reduce_in_llm(tokens).keep[0]]] = True
@@ -99,7 +106,7 @@ def masked(model: Any, method: Compressor, row: Tensor, **images: Any) -> list[i
             if stage and getattr(method, "positions", "keep") == "repack":
                 positions = (there.cumsum(0) - 1).clamp_min(0)
             bias = torch.zeros(total, total).masked_fill(~(causal & (there | torch.eye(total).bool())), -torch.inf)
-            before = hidden
+            before, seen_at = hidden, positions
             hidden = layer(
                 hidden,
                 attention_mask=bias[None, None],
@@ -130,16 +137,29 @@ def by_hand(inner: Any, index: int, hidden: Tensor, positions: Tensor, rows: Ten
         k = rotated(x @ attention.k_proj.weight[group * width : (group + 1) * width].T)
         scores = (q @ k.T) * width**-0.5
         scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
-        heads.append(scores.softmax(-1)[rows[0]])
-    return torch.stack(heads)[None]
+        heads.append(scores.softmax(-1))
+    return torch.stack(heads)[:, rows[0]][None]
 
 
+# What drops, and may be compared with masking.
 METHODS = [
     EveryOther(),
     Repacking(),
     get("fastv(layer=1, retention_ratio=0.5)"),
     get("fastv(layer=2, retention_ratio=0.75)"),
     get("fastv(layer=1, retention_ratio=0.1, budget='after')"),
+    get("fastv(layer=1, retention_ratio=0.3, budget='after', profile='released')"),
+    get("sparsevlm(layers=(0, 1), retention_ratio=0.6, recycle=False)"),
+    get("sparsevlm(layers=(0, 1), retention_ratio=0.5, recycle=False, positions='keep')"),
+]
+# What merges as well, see test_merging.py.
+MERGING = [
+    get("sparsevlm(layers=(0, 1), retention_ratio=0.6)"),
+    get("sparsevlm(layers=(1,), retention_ratio=0.75, positions='keep')"),
+    get("sparsevlm(layers=(0,), retention_ratio=0.1, budget='paper', full=100)"),
+    get("ficoco_l(control_encoding_layer=0, r=7)"),
+    get("ficoco_l(control_encoding_layer=-1, retention_ratio=0.7, positions='repack')"),
+    get("ficoco_l(control_encoding_layer=-1, layers=1, retention_ratio=0.5, profile='paper')"),
 ]
 
 
@@ -158,7 +178,7 @@ def test_dropping_is_masking(model: Any, method: Compressor) -> None:
     assert differ or method.ratio >= 0.5, "dropping makes a difference"
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS + MERGING, ids=str)
 def test_a_padded_batch_is_its_rows(model: Any, method: Compressor) -> None:
     model.method = method
     rows = [prompt(0), prompt(1), prompt(2), ids(6, 9), prompt(3, images=2)]
@@ -181,7 +201,7 @@ def test_a_padded_batch_is_its_rows(model: Any, method: Compressor) -> None:
     assert trace.visual_per_layer[3] == (0,) * depth
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS + MERGING, ids=str)
 def test_caches_are_short(model: Any, method: Compressor) -> None:
     model.method = method
     row, images, trace = prompt(1), given(model, [SIZES[0]]), Trace()
@@ -196,7 +216,13 @@ def test_caches_are_short(model: Any, method: Compressor) -> None:
 def test_keeping_all_is_no_method(model: Any) -> None:
     rows, images = [prompt(0), prompt(1)], given(model, SIZES[:2])
     answers = []
-    for method in ("none", "fastv(layer=1, retention_ratio=1.0)"):
+    for method in (
+        "none",
+        "fastv(layer=1, retention_ratio=1.0)",
+        "sparsevlm(layers=(0, 1), retention_ratio=1.0)",
+        "ficoco_l(control_encoding_layer=0, retention_ratio=1.0)",
+        "ficoco_l(AT=False)",
+    ):
         model.method = get(method)
         answers.append(
             [
@@ -204,11 +230,12 @@ def test_keeping_all_is_no_method(model: Any) -> None:
                 for more in ({}, {"num_beams": 3})
             ]
         )
-    assert answers[0] == answers[1]
+    assert all(answer == answers[0] for answer in answers[1:])
 
 
-def test_beams_of_a_batch_are_those_of_its_rows(model: Any) -> None:
-    model.method = METHODS[2]
+@pytest.mark.parametrize("method", [METHODS[2], *MERGING], ids=str)
+def test_beams_of_a_batch_are_those_of_its_rows(model: Any, method: Compressor) -> None:
+    model.method = method
     rows, images = [prompt(0), prompt(2)], given(model, [SIZES[0], SIZES[2]])
     more = {"max_new_tokens": TOKENS, "num_beams": 3, "eos_token_id": None}
     together = model.generate(**batch(rows), **images, **more).tolist()
@@ -221,14 +248,50 @@ def test_nothing_is_left_behind(model: Any) -> None:
     model.method = METHODS[2]
     row, images = prompt(0), given(model, [SIZES[0]])
     model.generate(row[None], **images, max_new_tokens=2)
-    assert not any(layer._forward_pre_hooks for layer in model.get_model().layers)
+    assert_untouched(model)
     model.method = get("fastv(layer=2, retention_ratio=0.1)")  # 2 of 3 layers run on all: 67 % at least
     with pytest.raises(InputError, match=r"layer=2 of 3 keeps 66\.67%"):
         model.generate(row[None], **images, max_new_tokens=2)
     model.method = get("fastv(layer=3, budget='after')")
     with pytest.raises(InputError, match="the model has 3 layers"):
         model.generate(row[None], **images, max_new_tokens=2)
-    assert not any(layer._forward_pre_hooks for layer in model.get_model().layers)
+    assert_untouched(model)
+
+
+def assert_untouched(model: Any) -> None:
+    for layer in model.get_model().layers:
+        assert not layer._forward_pre_hooks
+        assert "forward" not in vars(layer)
+        assert not any(module._forward_hooks for module in layer.modules())
+
+
+def test_a_layer_is_whole_again_after_its_middle(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, images = prompt(0), given(model, [SIZES[0]])
+    model.method = get("ficoco_l(control_encoding_layer=0, r=3)")
+    model.generate(row[None], **images, max_new_tokens=2)
+    assert_untouched(model)
+    model.method = get("ficoco_l(control_encoding_layer=0, r=99999)")
+    with pytest.raises(InputError, match=r"r=99999.*set r to"):
+        model.generate(row[None], **images, max_new_tokens=2)
+    model.method = get("ficoco_l(control_encoding_layer=2)")
+    with pytest.raises(InputError, match=r"merges from layer 3 on, but the model has 3 layers"):
+        model.generate(row[None], **images, max_new_tokens=2)
+
+    class Failing(type(get("ficoco_l"))):  # type: ignore[misc]
+        def reduce_in_llm(self, tokens: LayerTokens) -> Reduction:
+            raise KeyError("in the middle")
+
+    model.method = Failing(control_encoding_layer=0, r=3)
+    with pytest.raises(KeyError, match="in the middle"):
+        model.generate(row[None], **images, max_new_tokens=2)
+    assert_untouched(model)
+    # A forward that somebody else put on the instance comes back.
+    layer = model.get_model().layers[1]
+    monkeypatch.setattr(layer, "forward", layer.forward)
+    mine = vars(layer)["forward"]
+    model.method = get("ficoco_l(control_encoding_layer=0, r=3)")
+    model.generate(row[None], **images, max_new_tokens=2)
+    assert vars(layer)["forward"] is mine
 
 
 def test_gathering() -> None:
@@ -239,3 +302,10 @@ def test_gathering() -> None:
     assert (after[0][:-3] == PAD).all()
     assert after[1].tolist()[-4:] == [1, 3, 4, 4]
     assert chosen[1].tolist()[-4:] == [0, 2, 4, 5]
+    # Tokens may stand elsewhere: the first image token of the second row behind its newline.
+    place = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 3, 2, 2, 4, 5]])
+    keep[1, 1] = True
+    chosen, after = gather_kept(Reduction(keep=keep, n_visual=(1, 2), place=place), role, (2, 3))
+    assert after[0].tolist()[-3:] == [1, 2, 4]
+    assert chosen[1].tolist() == [0, 2, 1, 4, 5]
+    assert after[1].tolist() == [1, 3, 2, 4, 4]

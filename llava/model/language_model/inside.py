@@ -1,13 +1,15 @@
-"""Drops image tokens between the layers of the language model, for as long as a `with` block lasts.
+"""Drops or merges image tokens inside the language model, for as long as a `with` block lasts.
 
 Tokens are chosen once, at prefill. From then on the layers behind a point run on shorter hidden states and keep shorter
 KV caches; each gets the mask and the positions of what it sees. Nothing is changed but the arguments of layer calls, so
-that every attention implementation works as it does without.
+that every attention implementation works as it does without. For points in the middle of a layer, the forward of that
+layer instance is replaced meanwhile, its attention and its MLP running as they are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llava.compress.base import PAD, TEXT, Compressor, LayerTokens, Reduction
+from llava.compress.base import Compressor
+from llava.compress.stages import PAD, TEXT, LayerTokens, Reduction
 from llava.constants import InputError
 
 
@@ -29,10 +32,52 @@ class _Stage:
     """`[B, L]`, of all tokens so far."""
     positions: Tensor
     """`[B, L]`."""
-    repacked: bool
     n_visual: tuple[int, ...]
     changed: dict[str, Any] | None = None
     """Arguments of the layers for the current call, where they are not the model's own."""
+
+
+class _Look:
+    """Queries and keys of one layer at prefill, caught from its own projections while it ran."""
+
+    def __init__(self, attention: Any, rotary: tuple[Tensor, Tensor], role: Tensor) -> None:
+        self.attention, self.rotary, self.role = attention, rotary, role
+        self.caught: dict[str, Tensor] = {}
+        """By projection, `[B, L, heads·d]` before rotary embeddings."""
+
+    def _heads(self, projection: str) -> Tensor:
+        return self.caught[projection].unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2)
+
+    def _keys(self) -> Tensor:
+        rotated = _rotate(self._heads("k_proj"), *self.rotary).float()
+        return rotated.repeat_interleave(self.attention.num_key_value_groups, 1)
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """`[B, H, L, d]` in float32, for as long as rows are asked for."""
+        return self._keys()
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Attention of `rows [B, Q]`, `[B, H, Q, L]` in float32."""
+        at = rows[..., None]  # [B, Q, 1]
+        cos, sin = (t.expand(len(rows), -1, -1).gather(1, at.expand(-1, -1, t.shape[-1])) for t in self.rotary)
+        q = self._heads("q_proj")
+        q = _rotate(q.gather(2, at[:, None].expand(-1, q.shape[1], -1, q.shape[3])), cos, sin)
+        scores = (q.float() @ self.keys.mT) * self.attention.scaling  # [B, H, Q, L]
+        places = torch.arange(self.role.shape[1], device=rows.device)
+        seen = (places <= at) & (self.role != PAD)[:, None]  # [B, Q, L]
+        return cast(Tensor, scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1))
+
+    def queries_keys(self) -> tuple[Tensor, Tensor]:
+        """Both `[B, L, H·d]` in float32, their products the head means of the logits."""
+        q = _rotate(self._heads("q_proj"), *self.rotary).float()
+        q = q * (self.attention.scaling / q.shape[1])
+        return q.transpose(1, 2).flatten(2), self._keys().transpose(1, 2).flatten(2)
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary embeddings `[B, L, d]` to `[B, heads, L, d]`."""
+    return cast(Tensor, apply_rotary_pos_emb(states, states[:, :0], cos, sin)[0])
 
 
 class Inside:
@@ -51,8 +96,10 @@ class Inside:
             InputError: the model has too few layers, or the ratio cannot be met in it.
         """
         self.inner, self.method, self.n_visual = inner, method, n_visual
-        self.points, self.depth = method.llm_points, len(inner.layers)
-        if self.points and self.points[-1] >= self.depth - 1:
+        self.depth = len(inner.layers)
+        self.points = method.points_in(self.depth)
+        # Behind the last layer nothing is left to run; in its middle, its MLP is.
+        if self.points and self.points[-1] >= self.depth - (not method.llm_middle):
             raise InputError(
                 f"{method} drops tokens after layer {self.points[-1]}, but the model has {self.depth} layers; "
                 "choose an earlier one"
@@ -62,8 +109,12 @@ class Inside:
         positions = ((role != PAD).cumsum(1) - 1).clamp_min(0)
         self._stages: list[_Stage] = []
         self._stage_of: dict[int, _Stage] = {}
-        self._entry = _Stage(first=0, role=role, positions=positions, repacked=False, n_visual=n_visual)
-        self._input: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self._entry = _Stage(first=0, role=role, positions=positions, n_visual=n_visual)
+        self._embeds: Tensor | None = None
+        # The one thing read from the device, before anything runs.
+        self._n_text = tuple((role == TEXT).sum(1).tolist()) if self.points else ()
+        self._memo: dict[str, Tensor] = {}
+        self._look: _Look | None = None
 
     @property
     def ran(self) -> list[tuple[int, ...]]:
@@ -90,20 +141,30 @@ class Inside:
             hidden = self._enter(index, hidden)
         stage = self._stage_of[index]
         if stage.first == index and not prefill:
-            self._append(stage, given["position_ids"].expand(len(hidden), -1))
+            self._append(stage, hidden.shape[1])
         if stage.first == index and stage.first:
             stage.changed = self._arguments(stage, hidden, given["past_key_values"])
         given = given | (stage.changed or {})
         if prefill and index in self.points:
-            self._input = hidden, given["position_embeddings"]
+            self._look = _Look(self.inner.layers[index].self_attn, given["position_embeddings"], stage.role)
         return hidden, given
+
+    def catch(self, projection: str, output: Tensor) -> None:
+        """Take in what a projection of a layer at a point made."""
+        if self._look is not None:
+            self._look.caught[projection] = output
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        """Return what a layer at a point goes on with behind its attention; only prefill changes it."""
+        return hidden if self._look is None else self._reduce(hidden)
 
     def _enter(self, index: int, hidden: Tensor) -> Tensor:
         """Find the stage of a layer at prefill; behind a point it is a new one, and the sequence gets shorter."""
         if not index:
             self._stages.append(self._widened(len(hidden)))
-        elif index - 1 in self.points:
-            hidden = self._reduce(index, hidden)
+            self._embeds = hidden
+        elif self._look is not None:  # caught by the layer before, and not used in its middle
+            hidden = self._reduce(hidden)
         self._stage_of[index] = self._stages[-1]
         return hidden
 
@@ -111,38 +172,45 @@ class Inside:
         """Repeat every prompt for its beams."""
         entry, times = self._entry, rows // len(self._entry.role)
         entry.role, entry.positions = (t.repeat_interleave(times, 0) for t in (entry.role, entry.positions))
-        entry.n_visual = tuple(n for n in entry.n_visual for _ in range(times))
+        entry.n_visual, self._n_text = (
+            tuple(n for n in numbers for _ in range(times)) for numbers in (entry.n_visual, self._n_text)
+        )
         return entry
 
-    def _reduce(self, index: int, hidden: Tensor) -> Tensor:
-        """Ask the method what goes on to layer `index`: `[B, L', D]`, padded on the left."""
-        before = self._stages[-1]
+    def _reduce(self, hidden: Tensor) -> Tensor:
+        """Ask the method what goes on from the point that was just reached: `[B, L', D]`, padded on the left."""
+        before, look, layer = self._stages[-1], self._look, max(self._stage_of)
+        if look is None or self._embeds is None:
+            raise RuntimeError("tokens can be reduced at an LLM point only")
         tokens = LayerTokens(
-            layer=index - 1,
+            layer=layer,
             depth=self.depth,
             hidden=hidden,
             role=before.role,
             n_visual=self._stages[0].n_visual,
-            attention=self._attention,
+            attention=look.rows,
+            queries_keys=look.queries_keys,
+            n_text=self._n_text,
+            entry=self._embeds,
+            memo=self._memo,
         )
         reduction = self.method.reduce_in_llm(tokens)
-        self._input = None
+        self._look = None
+        if layer == self.points[-1]:
+            self._embeds, self._memo = None, {}
         chosen, role = gather_kept(reduction, before.role, before.n_visual)
         positions = before.positions.gather(1, chosen)
-        repacked = reduction.positions == "repack"
-        if repacked:
+        if reduction.positions == "repack":
             positions = ((role != PAD).cumsum(1) - 1).clamp_min(0)
-        self._stages.append(
-            _Stage(first=index, role=role, positions=positions, repacked=repacked, n_visual=reduction.n_visual)
-        )
+        self._stages.append(_Stage(first=layer + 1, role=role, positions=positions, n_visual=reduction.n_visual))
+        hidden = hidden if reduction.hidden is None else reduction.hidden
         return hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
 
-    def _append(self, stage: _Stage, positions: Tensor) -> None:
-        """Take in the tokens of a decoding step, at `[B, 1]` unless the stage counts on its own."""
-        stage.role = torch.cat((stage.role, torch.full_like(positions, TEXT)), 1)
-        if stage.repacked:
-            positions = stage.positions[:, -1:] + 1
-        stage.positions = torch.cat((stage.positions, positions), 1)
+    def _append(self, stage: _Stage, new: int) -> None:
+        """Take in the tokens of a decoding step: they follow the last of the prompt, whichever way it was counted."""
+        role = torch.full_like(stage.role[:, :new], TEXT)
+        stage.role = torch.cat((stage.role, role), 1)
+        stage.positions = torch.cat((stage.positions, stage.positions[:, -1:] + role.bool().cumsum(1)), 1)
 
     def _arguments(self, stage: _Stage, hidden: Tensor, cache: Any) -> dict[str, Any]:
         """Make mask and rotary embeddings of a stage for this call, in the form its attention wants."""
@@ -160,27 +228,6 @@ class Inside:
             "position_embeddings": self.inner.rotary_emb(hidden, position_ids=positions),
         }
 
-    def _attention(self, rows: Tensor) -> Tensor:
-        """Recompute rows `[B, Q]` of the attention of the layer that just ran: `[B, H, Q, L]` in float32."""
-        if self._input is None:
-            raise RuntimeError("attention can be asked for at an LLM point only")
-        hidden, (cos, sin) = self._input
-        stage = self._stages[-1]
-        layer = self.inner.layers[max(self._stage_of)]
-        attention, normed = layer.self_attn, layer.input_layernorm(hidden)
-        at = rows[..., None]
-        q = attention.q_proj(normed.gather(1, at.expand(-1, -1, normed.shape[-1])))
-        q, k = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in (q, attention.k_proj(normed)))
-        width = cos.shape[-1]
-        q, _ = apply_rotary_pos_emb(
-            q, q, *(t.expand(len(rows), -1, -1).gather(1, at.expand(-1, -1, width)) for t in (cos, sin))
-        )
-        k, _ = apply_rotary_pos_emb(k, k, cos, sin)
-        k = k.repeat_interleave(attention.num_key_value_groups, 1)
-        scores = (q.float() @ k.float().transpose(2, 3)) * attention.scaling  # [B, H, Q, L]
-        seen = (torch.arange(hidden.shape[1], device=rows.device) <= at) & (stage.role != PAD)[:, None]  # [B, Q, L]
-        return cast(Tensor, scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1))
-
 
 def gather_kept(reduction: Reduction, role: Tensor, n_visual: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return where the tokens that go on stand, `[B, L']`, in order and padded on the left, and their roles.
@@ -194,7 +241,11 @@ def gather_kept(reduction: Reduction, role: Tensor, n_visual: tuple[int, ...]) -
     dropped = [before - after for before, after in zip(n_visual, reduction.n_visual, strict=True)]
     # The row with the fewest dropped is not always the longest, but no row is longer than this.
     length = role.shape[1] - min(dropped)
-    chosen = keep.long().argsort(stable=True, dim=1)[:, -length:]
+    if reduction.place is None:
+        chosen = keep.long().argsort(stable=True, dim=1)[:, -length:]
+    else:
+        order = reduction.place.argsort(stable=True, dim=1)
+        chosen = order.gather(1, keep.gather(1, order).long().argsort(stable=True, dim=1)[:, -length:])
     return chosen, role.gather(1, chosen).masked_fill(~keep.gather(1, chosen), PAD)
 
 
@@ -213,7 +264,43 @@ def drop_inside(inner: Any, method: Compressor, role: Tensor, n_visual: tuple[in
 
         return hook
 
+    def catch(projection: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            session.catch(projection, output)
+
+        return hook
+
     with ExitStack() as hooks:
         for index, layer in enumerate(inner.layers if session.points else ()):
             hooks.callback(layer.register_forward_pre_hook(look(index), with_kwargs=True).remove)
+            if index not in session.points:
+                continue
+            for name in ("q_proj", "k_proj"):
+                projection = getattr(layer.self_attn, name)
+                hooks.callback(projection.register_forward_hook(catch(name)).remove)
+            if method.llm_middle:
+                hooks.enter_context(_opened(layer, session.middle))
         yield session
+
+
+@contextmanager
+def _opened(layer: Any, middle: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Run `middle` between attention and MLP of a decoder layer of Llama or Mistral."""
+    # The forward of a layer that accelerate put on a device is accelerate's, and calls the layer's own by this name.
+    name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
+    before = vars(layer).get(name)
+    setattr(layer, name, partial(_forward, layer, middle))
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(layer, name)
+        else:
+            setattr(layer, name, before)
+
+
+def _forward(layer: Any, middle: Callable[[Tensor], Tensor], hidden_states: Tensor, **given: Any) -> Tensor:
+    """Run a decoder layer as its own forward does, but for `middle`."""
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **given)
+    hidden = middle(hidden_states + attended)
+    return cast(Tensor, hidden + layer.mlp(layer.post_attention_layernorm(hidden)))

@@ -1,0 +1,57 @@
+"""How GlobalCom² (arXiv 2501.05179) shares its budget over the crops: eq. 2 to 5, and the variants of Table III."""
+
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from llava.compress.tokens import top_indices
+
+ALLOCATIONS = ("softmax_sum", "softmax_max", "topk_count", "uniform")
+
+
+def _regions(scores: Tensor, cols: int, rows: int) -> Tensor:
+    """Bool `[n, N]`: the thumbnail patch lies in the region of the crop. What does not divide goes to the last."""
+    side = isqrt(scores.numel())
+    along = torch.arange(side, device=scores.device)
+    col = (along // max(1, side // cols)).clamp_max(cols - 1)
+    row = (along // max(1, side // rows)).clamp_max(rows - 1)
+    region = (row[:, None] * cols + col).flatten()  # [N]
+    return region == torch.arange(cols * rows, device=scores.device)[:, None]
+
+
+def crop_importance(
+    scores: Tensor, cols: int, rows: int, allocation: str = "softmax_sum", kept: int | None = None
+) -> Tensor:
+    """Say what every crop's region of the thumbnail is worth; as printed (eq. 2), the sum of its scores.
+
+    Args:
+        scores: `[N]`, the thumbnail's [CLS] scores.
+        cols: crops across.
+        rows: crops down.
+        allocation: `softmax_sum` adds a region's scores, `softmax_max` takes the highest, `topk_count` counts those
+            among the thumbnail's best, for `uniform` all regions are alike.
+        kept: how many are the best (`topk_count` alone).
+
+    Returns:
+        `[n]` in float64, row-major.
+    """
+    member = _regions(scores, cols, rows)
+    if allocation == "softmax_max":
+        return torch.where(member, scores.double(), -torch.inf).amax(1)
+    if allocation == "topk_count":
+        return member[:, top_indices(scores)[:kept]].sum(1).double()
+    return (member * (scores.double() if allocation == "softmax_sum" else 0.0)).sum(1).double()
+
+
+def crop_ratios(importance: Tensor, ratio: float, temperature: float, allocation: str = "softmax_sum") -> Tensor:
+    """Turn the crops' importance `[n]` into retention ratios `[n]`, not yet clipped (eq. 3-5).
+
+    Where counts are the importance, a crop's part of them stands for σ of eq. 4; equal shares leave every crop at R.
+    """
+    if allocation == "topk_count":
+        share = importance / importance.sum()
+    else:
+        weight = torch.exp((importance - importance.max()) / temperature)
+        share = weight / (weight.sum() + 1e-8)
+    return ratio * (1 + share - share.mean())
