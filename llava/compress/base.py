@@ -205,6 +205,11 @@ class Compressor:
             raise InputError(f"{self.name}'s {field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}")
 
     @property
+    def mixes_images(self) -> bool:
+        """What is chosen of an image depends on the others of its call: answers are then made one by one."""
+        return False
+
+    @property
     def ratio(self) -> float:
         """The retention ratio in force, resolved now."""
         return resolve_ratio(self.retention_ratio)

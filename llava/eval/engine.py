@@ -151,8 +151,10 @@ class Engine:
         """Answer the questions of a window in batches of like length."""
         shown = [_Shown(picture, questions) for picture, questions in window if picture.views is None]
         seen = [(picture, questions) for picture, questions in window if picture.views is not None]
-        for start in range(0, len(seen), self.batch):
-            part = seen[start : start + self.batch]
+        # Answers must not depend on what else is in a batch.
+        step = 1 if self.model.method.mixes_images else self.batch
+        for start in range(0, len(seen), step):
+            part = seen[start : start + step]
             trace = Trace()
             packed = self.model.compress_images(self._images([p for p, _ in part]), [p.size for p, _ in part], trace)
             totals = [image.plan.patches for image in trace.images]

@@ -198,9 +198,14 @@ class GlobalCom2(Compressor):
         total = thumbnail + crops if self.profile == "corrected" or not grid.crops else None
         return Selection(order=order, count=count, total=total, layout=layout)
 
+    @property
+    def mixes_images(self) -> bool:
+        """Only as released."""
+        return self.profile == "released"
+
     def select_all(self, batch: Sequence[Views]) -> list[Selection]:
         """Select per image; `released` repeats the release's slip of ranking image i by views i, i+1, … of the call."""
-        if self.profile != "released" or len(batch) == 1:
+        if not self.mixes_images or len(batch) == 1:
             return super().select_all(batch)
         logger.warning("profile 'released' ranks the images of one call by the first one's scores; call it per image")
         logits = torch.cat([views.cls_logits[-1] for views in batch])

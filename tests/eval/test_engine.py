@@ -15,7 +15,10 @@ from llava.mm_utils import process_images
 from llava.model.language_model.prefix import SharedPrefix
 from tests.conftest import Loaded, picture
 
-METHODS = ["none", "globalcom2(retention_ratio=0.25)", "uniform(retention_ratio=0.5)"]
+METHODS = [
+    *("none", "globalcom2(retention_ratio=0.25)", "uniform(retention_ratio=0.5)"),
+    "globalcom2(profile='released', retention_ratio=0.25)",  # which ranks the images of a call by the first
+]
 VERSIONS = ["v1.6-vicuna", "v1.6-mistral", "v1.5"]
 SIZES = [(300, 200), (90, 60), (60, 200), (84, 84), (500, 100)]
 Group = tuple[Picture, list[str]]
