@@ -82,7 +82,8 @@ def collect(root: Path, data: Path, model: str | None = None) -> list[Run]:
     for record in sorted(root.rglob(f"*{RECORD}")):
         answers = record.with_name(record.name.removesuffix(RECORD))
         config = json.loads(record.read_text())
-        if not answers.is_file() or (model is not None and config["model_path"] != model):
+        # A run that was stopped before its first answer leaves an empty file.
+        if not answers.is_file() or not answers.stat().st_size or (model is not None and config["model_path"] != model):
             continue
         benchmark = benchmarks.get(config["benchmark"])
         rows, key = read_jsonl(answers), method_key(config.pop("method"))

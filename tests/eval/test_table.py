@@ -151,3 +151,10 @@ def test_a_run_is_compared_with_an_upper_bound_of_as_many_answers(results):
     file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:10]))
     with pytest.raises(InputError, match="no upper bound with 20 answers"):
         table.compare(table.collect(root, data))
+
+
+def test_a_run_without_an_answer_yet_is_left_out(results):
+    results("upper", "none(retention_ratio=0.25)", 16)
+    root, data = results("quarter", "globalcom2(retention_ratio=0.25)", 12)
+    (root / "quarter" / "a.jsonl").write_text("")
+    assert [run.key for run in table.collect(root, data)] == [UPPER]
