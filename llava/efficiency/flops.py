@@ -166,9 +166,9 @@ def selection(
 
 
 def attention_rows(shape: Language, keys: int, rows: int, *, batch: int = 1, fusion: Fusion = Fusion.NONE) -> Ops:
-    """Return the operators of recomputing rows of a decoder layer's attention (see `language_model.inside`).
+    """Return the operators of rows of a decoder layer's attention, from its own queries and keys.
 
-    Queries and keys are those the layer has projected for itself.
+    See `language_model.inside`.
 
     Args:
         shape: the language model.

@@ -53,7 +53,7 @@ class Request:
     key_rows: int = 0
     """Layers of the tower whose keys are recomputed."""
     llm_rows: tuple[tuple[int, int], ...] = ()
-    """Layers of the language model whose attention is recomputed, each with the number of rows."""
+    """Layers of the language model whose attention is looked at, each with the number of rows."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that no request has.

@@ -139,7 +139,7 @@ class Engine:
         except InputError as error:  # the prompt is too long
             yield Answer(asked.index, asked.question, error=str(error))
             return
-        yield Answer(asked.index, asked.question, self._text(output[0]), *seen(trace))
+        yield Answer(asked.index, asked.question, self._text(output[0]), *_tokens(trace))
 
     def _images(self, pictures: Sequence[Picture]) -> Any:
         """What `images` wants: single views as one tensor, AnyRes views as a list."""
@@ -229,7 +229,7 @@ class Engine:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def seen(trace: Trace) -> tuple[int, int]:
+def _tokens(trace: Trace) -> tuple[int, int]:
     """Return the visual tokens the language model ran on and those of the uncompressed image, of one question.
 
     Where their number changes from layer to layer it is the mean over layers, newlines included in both.

@@ -27,6 +27,8 @@ RIVALS = 8
 """Wrong words that are offered for a frame."""
 AHEAD = 2
 """By how much an answer may be ahead of its template's rarest."""
+NUMBERS = tuple(str(number) for number in range(10, 100))
+"""What signs and notes say, besides words."""
 # What ScienceQA's context says about the thing a question is about.
 HINTS = {
     "circle": "A circle is round.",
@@ -178,7 +180,7 @@ def multiple_choice(scene: Scene, rng: np.random.Generator, task: str) -> Iterat
         elif asked.template.endswith("word"):
             rivals = WORDS
         elif asked.template != "colour":
-            rivals = [str(number) for number in range(10, 100)]
+            rivals = NUMBERS
         if task == "scienceqa":
             if asked.template not in ("colour", "shape"):
                 continue
@@ -245,7 +247,7 @@ def pairs(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
         yield from ask("position", frame, asked.answer, words)
     for thing in scene.things:
         if thing.text:
-            rivals = [str(n) for n in range(10, 100)] if thing.text.isdecimal() else WORDS
+            rivals = NUMBERS if thing.text.isdecimal() else WORDS
             yield from ask("OCR", f"Does the {thing.name} say {{}}?", thing.text, rivals)
 
 

@@ -32,8 +32,8 @@ def per_question(run: Run, data: Path) -> Mapping[Any, float]:
     if run.benchmark == "pope":
         folder = data / "pope"
         judged, _ = judge(read_jsonl(run.answers), folder / "llava_pope_test.jsonl", folder / "coco")
-        return {(*key, name) if isinstance(key, tuple) else (key, name): 100.0 * (not (one.fp or one.fn))
-                for name, category in judged.items() for key, one in category.outcomes.items()}  # fmt: skip
+        outcomes = ((key, name, one) for name, category in judged.items() for key, one in category.outcomes.items())
+        return {(key, name): 100.0 * (not (one.fp or one.fn)) for key, name, one in outcomes}
     scale = percent(run.result) / run.value if run.value else 1.0
     return {key: scale * value for key, value in run.result.per_question.items()}
 
@@ -92,11 +92,10 @@ def compare(ours: Sums, theirs: Sums | None = None, seed: int = 0) -> Interval:
     """
     scenes = ours.shape[1]
     times = np.random.default_rng(seed).multinomial(scenes, np.full(scenes, 1 / scenes), size=RESAMPLES)
-    value, draws = (mean_of_tasks(ours, t) for t in (np.ones((1, scenes)), times))
-    if theirs is not None:
-        value, draws = value - mean_of_tasks(theirs, np.ones((1, scenes))), draws - mean_of_tasks(theirs, times)
-    low, high = np.percentile(draws, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return Interval(float(value[0]), float(low), float(high), int(ours[..., 1].sum()))
+    times = np.vstack((np.ones(scenes), times))  # first what was measured, then the draws
+    means = mean_of_tasks(ours, times) - (0 if theirs is None else mean_of_tasks(theirs, times))
+    low, high = np.percentile(means[1:], [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    return Interval(float(means[0]), float(low), float(high), int(ours[..., 1].sum()))
 
 
 def as_markdown(found: Mapping[Key, Sums], against: str) -> str:
@@ -108,20 +107,20 @@ def as_markdown(found: Mapping[Key, Sums], against: str) -> str:
     ratios = sorted({ratio for _, ratio in found if ratio < 1}, reverse=True)
     if not any((against, ratio) in found for ratio in ratios):
         raise InputError(f"{against} has not answered all ten tasks; give another method with --against")
+    scores = {key: compare(sums) for key, sums in found.items()}
     methods = {method for method, ratio in found if ratio < 1}
-    last = ratios[-1]
-    order = sorted(methods, key=lambda m: -compare(found[m, last]).value if (m, last) in found else 0.0)
+    order = sorted(methods, key=lambda m: -scores[m, ratios[-1]].value if (m, ratios[-1]) in scores else 0.0)
     lines = ["| | " + " | ".join(f"R = {ratio:g} | − {against}" for ratio in ratios) + " |"]
     lines.append("|---|" + "---:|---:|" * len(ratios))
     if UPPER in found:
-        lines.append(f"| {UPPER[0]}, R = 1 | {_said(compare(found[UPPER]))} |" + " |" * (2 * len(ratios) - 1))
+        lines.append(f"| {UPPER[0]}, R = 1 | {_said(scores[UPPER])} |" + " |" * (2 * len(ratios) - 1))
     for method in order:
         cells = []
         for ratio in ratios:
-            sums, other = found.get((method, ratio)), found.get((against, ratio))
-            cells.append(_said(compare(sums)) if sums is not None else "–")
-            differs = sums is not None and other is not None and method != against
-            cells.append(_said(compare(sums, other), "+") if differs else "")  # type: ignore[arg-type]
+            own, other = (method, ratio), (against, ratio)
+            cells.append(_said(scores[own]) if own in found else "–")
+            both = own in found and other in found and own != other
+            cells.append(_said(compare(found[own], found[other]), "+") if both else "")
         lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
