@@ -95,6 +95,10 @@ class Views:
     ids: Tensor | None = None
     """`[V, N']` patch ids, if the encoder already reduced the tokens."""
 
+    def attention(self, layer: int) -> Tensor:
+        """Return the [CLS] attention of a tapped layer to patches, `[V, H, N]` in float32; [CLS] has the rest."""
+        return self.cls_logits[layer].float().softmax(-1)[:, :, 1:]
+
     def __post_init__(self) -> None:
         """Check that features and geometry belong together."""
         if self.features.shape[0] != self.grid.n_views:
@@ -204,6 +208,12 @@ class Compressor:
         if getattr(self, field) not in choices:
             raise InputError(f"{self.name}'s {field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}")
 
+    def _require_switch(self, *names: str) -> None:
+        """Refuse what is neither on nor off; for `__post_init__`."""
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{self.name}'s {name} must be True or False, got {getattr(self, name)!r}")
+
     @property
     def mixes_images(self) -> bool:
         """What is chosen of an image depends on the others of its call: answers are then made one by one."""
@@ -288,6 +298,11 @@ def split_budget(ratio: float, grid: AnyResGrid, unpad: bool = True) -> tuple[in
     thumbnail = budget(ratio, grid.patches_per_view)
     crops = budget(ratio, sum(grid.crop_patches(unpad)))
     return (thumbnail, crops) if thumbnail + crops else (1, 0)
+
+
+def nearest_count(ratio: float, grid: AnyResGrid) -> int:
+    """Return R·N to the nearest, at least one: what releases that keep as much of every view take, padding or not."""
+    return max(1, round(ratio * grid.patches_per_view))
 
 
 def exact_plan(ratio: float, grid: AnyResGrid, unpad: bool = True) -> Plan:

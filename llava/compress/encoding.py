@@ -93,12 +93,6 @@ class InEncoder(Compressor):
             if self.retention_ratio is not None:
                 raise InputError(f"give {self.name} either r or retention_ratio, got {self.r} and {self.ratio:g}")
 
-    def _require_switch(self, *names: str) -> None:
-        """Refuse what is neither on nor off; for `__post_init__`."""
-        for name in names:
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{self.name}'s {name} must be True or False, got {getattr(self, name)!r}")
-
     @property
     def encoder_ratio(self) -> float:
         """The share of patches that leaves the encoder."""

@@ -5,7 +5,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from llava.anyres import AnyResGrid
-from llava.compress.base import Compressor, Layout, Plan, Selection, Taps, Views, exact_plan, uniform_counts
+from llava.compress.base import (
+    Compressor,
+    Layout,
+    Plan,
+    Selection,
+    Taps,
+    Views,
+    exact_plan,
+    nearest_count,
+    uniform_counts,
+)
 from llava.compress.tokens import top_indices
 
 
@@ -33,21 +43,17 @@ class FasterVLM(Compressor):
         """Exact; `released` keeps the same number of every view, padding or not."""
         if self.profile == "corrected":
             return exact_plan(self.ratio, grid, layout.unpad)
-        kept = grid.n_views * self._per_view(grid)
+        kept = grid.n_views * nearest_count(self.ratio, grid)  # 0.10 -> 58, 0.05 -> 29 of 576
         return Plan(ratio=self.ratio, patches=grid.n_patches(layout.unpad), at_least=kept, at_most=kept)
 
     def select(self, views: Views) -> Selection:
         """Rank every view's patches by their probability."""
-        scores = views.cls_logits[-2].float().softmax(-1)[:, :, 1:].mean(1)  # [V, N]
+        scores = views.attention(-2).mean(1)  # [V, N]
         if self.profile == "released":
             order, layout = top_indices(scores), replace(views.layout, unpad=False, newline="none", placement="raster")
-            counts = (self._per_view(views.grid),) * views.grid.n_views
+            counts = (nearest_count(self.ratio, views.grid),) * views.grid.n_views
         else:
             order, layout = top_indices(scores, views.valid), views.layout
             counts = uniform_counts(self.ratio, views.grid, layout.unpad)
         count = torch.tensor(counts, device=order.device)
         return Selection(order=order, count=count, total=sum(counts), layout=layout)
-
-    def _per_view(self, grid: AnyResGrid) -> int:
-        """The release's T for a ratio, as its authors round it (0.10 -> 58, 0.05 -> 29 of 576); at least one."""
-        return max(1, round(self.ratio * grid.patches_per_view))

@@ -182,8 +182,7 @@ class FiCoCoL(Compressor):
             self._require(name, float, 0, 1)
         self._require_choice("budget", BUDGETS[:2])
         self._require_choice("positions", ("keep", "repack"))
-        if not isinstance(self.AT, bool):
-            raise InputError(f"ficoco_l's AT must be True or False, got {self.AT!r}")
+        self._require_switch("AT")
 
     @property
     def llm_points(self) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ class FiCoCoV(InEncoder):
 
     def __post_init__(self) -> None:
         """Refuse values that cannot mean anything."""
-        if self.profile == "released" and "released" not in self.profiles:
+        if self.profile == "released":
             raise InputError(
                 f"{self.name} has no profile 'released': the code's local penalty is never reset between images and it "
                 f"fails on several views, so no selection can be called its own; choose from {', '.join(self.profiles)}"

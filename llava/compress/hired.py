@@ -50,10 +50,10 @@ class HiRED(Compressor):
     def select(self, views: Views) -> Selection:
         """Share the budget out by the first layer, spend it by the layer of the features."""
         thumbnail, crops = self._budgets(views.grid, views.layout)
-        scores = _attention(views.cls_logits[-2])  # [V, N]
+        scores = views.attention(-2).sum(1)  # [V, N]
         count = torch.full((1,), thumbnail, device=scores.device)
         if views.grid.crops:
-            favoured = top_indices(_attention(views.cls_logits[0][:1])[0])  # [N], of the thumbnail
+            favoured = top_indices(views.attention(0)[0].sum(0))  # [N], of the thumbnail
             found = self._found(favoured[: budget(1 - self.alpha, len(favoured))], views.grid)
             count = torch.cat((count, self._count(found, views, crops)))
         order, layout, total = top_indices(scores, views.valid), views.layout, thumbnail + crops
@@ -102,8 +102,3 @@ class HiRED(Compressor):
         shares = fill_shares(found.double().clamp_min(1e-30) / sizes.clamp_min(1), sizes, total)
         # Fractions of small integers tie often; on a fixed grid they also tie in floating point.
         return round_shares((shares * 2**20).round() / 2**20, sizes, total)
-
-
-def _attention(cls_logits: Tensor) -> Tensor:
-    """Probabilities of the patches in the [CLS] row, summed over heads: `[V, H, 1 + N]` to `[V, N]`."""
-    return cls_logits.float().softmax(-1)[:, :, 1:].sum(1)

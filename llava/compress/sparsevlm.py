@@ -128,8 +128,7 @@ class SparseVLM(Compressor):
         self._require("seed", int, 0, 2**63 - 1)
         self._require_choice("budget", BUDGETS)
         self._require_choice("positions", ("repack", "keep"))
-        if not isinstance(self.recycle, bool):
-            raise InputError(f"sparsevlm's recycle must be True or False, got {self.recycle!r}")
+        self._require_switch("recycle")
 
     @property
     def llm_points(self) -> tuple[int, ...]:

@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.anyres import AnyResGrid
-from llava.compress.base import Compressor, Extra, Layout, Plan, Selection, Taps, Views, uniform_counts
+from llava.compress.base import (
+    Compressor,
+    Extra,
+    Layout,
+    Plan,
+    Selection,
+    Taps,
+    Views,
+    nearest_count,
+    uniform_counts,
+)
 from llava.compress.tokens import budget, top_indices
 
 
@@ -61,7 +71,7 @@ class VisionZip(Compressor):
         parts = self._parts(views.grid, layout)
         valid = torch.ones_like(views.valid) if released else views.valid
         dominant, contextual, _ = torch.tensor(parts, device=device).T[..., None]  # [V, 1] each
-        order = top_indices(views.cls_logits[-2].float().softmax(-1)[:, :, 1:].sum(1), valid)  # [V, N]
+        order = top_indices(views.attention(-2).sum(1), valid)  # [V, N]
         rest = valid & (order.argsort(dim=1) >= dominant)
         target = _targets(rest, contextual)
         ids = top_indices(target.float())[:, : max(part.contextual for part in parts)]  # [V, K], raster
@@ -81,7 +91,7 @@ class VisionZip(Compressor):
     def _parts(self, grid: AnyResGrid, layout: Layout) -> list[_Part]:
         """What every view keeps of each kind; follows from sizes."""
         if self.profile == "released":
-            budgets = [max(1, round(self.ratio * grid.patches_per_view))] * grid.n_views
+            budgets = [nearest_count(self.ratio, grid)] * grid.n_views
             cls = [1] * grid.n_views
         else:
             budgets = list(uniform_counts(self.ratio, grid, layout.unpad))

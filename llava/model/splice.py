@@ -31,6 +31,8 @@ class Spliced:
     """Tokens per row, padding not counted."""
     n_visual: tuple[int, ...]
     """Image tokens per row, newlines included."""
+    n_text: tuple[int, ...]
+    """TEXT tokens per row."""
     prefix_lengths: list[int]
     """Per row, the tokens up to and including the last image (0 without one): what its questions share."""
 
@@ -75,7 +77,7 @@ def splice(
     text = torch.cat([row[start:end] for row, segments in zip(rows, cuts, strict=True) for start, end in segments])
     words = iter(embed(text).split([end - start for segments in cuts for start, end in segments]))
     images = (image.features for image in packed)
-    embeds, roles, targets, prefixes, n_visual = [], [], [], [], []
+    embeds, roles, targets, prefixes, n_visual, n_text = [], [], [], [], [], []
     origins = (image.origin for image in packed)
     for index, segments in enumerate(cuts):
         parts = _interleave(words, images, len(segments))
@@ -85,6 +87,7 @@ def splice(
             roles[-1].fill_(TEXT)
         prefixes.append(sum(map(len, parts[:-1])) if len(parts) > 1 else 0)
         n_visual.append(sum(map(len, parts[1::2])))
+        n_text.append(sum(map(len, parts[2::2] if len(parts) > 1 else parts)))
         if labels is not None:
             target = torch.full_like(roles[-1], IGNORE_INDEX, dtype=labels.dtype)
             own = labels[index].to(input_ids.device)[keep[index]]
@@ -106,6 +109,7 @@ def splice(
         role=pad(roles, PAD),
         lengths=lengths,
         n_visual=tuple(n_visual),
+        n_text=tuple(n_text),
         prefix_lengths=prefixes,
     )
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llava.compress.pack import Packed
+from llava.compress.stages import TEXT
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, InputError
 from llava.model.splice import Spliced, splice
 
@@ -61,6 +62,8 @@ def check(spliced: Spliced, rows: list[Any], side: str) -> None:
         assert spliced.position_ids.min() >= 0  # a rotary table is indexed by it, padding included
         assert spliced.visual[i, own].tolist() == visual
         assert not spliced.visual[i, ~mask].any()
+        assert spliced.n_visual[i] == sum(visual)
+        assert spliced.n_text[i] == (spliced.role[i] == TEXT).sum()
         if spliced.labels is not None:
             assert spliced.labels[i, own].tolist() == targets
             assert (spliced.labels[i, ~mask] == IGNORE_INDEX).all()

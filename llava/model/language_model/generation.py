@@ -100,7 +100,7 @@ class ImageGeneration(LlavaMetaForCausalLM):
         s = self.splice_images(ids, attention_mask, None, images, image_sizes, padding_side="left", trace=trace)
         steps = GenerationClock(trace, s.inputs_embeds.device)
         kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), *steps.criteria]
-        with steps, drop_inside(self.get_model(), self.method, s.role, s.n_visual) as session:
+        with steps, drop_inside(self.get_model(), self.method, s) as session:
             answer = self._continue(inputs_embeds=s.inputs_embeds, attention_mask=s.attention_mask, **kwargs)
         session.check()
         if trace:

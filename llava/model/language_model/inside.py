@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from llava.compress.base import Compressor
 from llava.compress.stages import PAD, TEXT, LayerTokens, Reduction
 from llava.constants import InputError
+from llava.model.splice import Spliced
 
 
 @dataclass(kw_only=True)
@@ -83,19 +84,18 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Inside:
     """One generation: which tokens every layer sees."""
 
-    def __init__(self, inner: Any, method: Compressor, role: Tensor, n_visual: tuple[int, ...]) -> None:
+    def __init__(self, inner: Any, method: Compressor, prompts: Spliced) -> None:
         """Prepare for a prefill.
 
         Args:
             inner: transformers' `LlamaModel` or `MistralModel`.
             method: decides what is dropped.
-            role: `[B, L]` of the prompts.
-            n_visual: image tokens per row.
+            prompts: what the language model is going to get.
 
         Raises:
             InputError: the model has too few layers, or the ratio cannot be met in it.
         """
-        self.inner, self.method, self.n_visual = inner, method, n_visual
+        self.inner, self.method = inner, method
         self.depth = len(inner.layers)
         self.points = method.points_in(self.depth)
         # Behind the last layer nothing is left to run; in its middle, its MLP is.
@@ -104,15 +104,13 @@ class Inside:
                 f"{method} drops tokens after layer {self.points[-1]}, but the model has {self.depth} layers; "
                 "choose an earlier one"
             )
-        self.planned = [method.visual_per_layer(n, self.depth) for n in n_visual]
+        self.planned = [method.visual_per_layer(n, self.depth) for n in prompts.n_visual]
         """Image tokens of every layer, per row."""
-        positions = ((role != PAD).cumsum(1) - 1).clamp_min(0)
         self._stages: list[_Stage] = []
         self._stage_of: dict[int, _Stage] = {}
-        self._entry = _Stage(first=0, role=role, positions=positions, n_visual=n_visual)
+        self._entry = _Stage(first=0, role=prompts.role, positions=prompts.position_ids, n_visual=prompts.n_visual)
         self._embeds: Tensor | None = None
-        # The one thing read from the device, before anything runs.
-        self._n_text = tuple((role == TEXT).sum(1).tolist()) if self.points else ()
+        self._n_text = prompts.n_text
         self._memo: dict[str, Tensor] = {}
         self._look: _Look | None = None
 
@@ -250,12 +248,12 @@ def gather_kept(reduction: Reduction, role: Tensor, n_visual: tuple[int, ...]) -
 
 
 @contextmanager
-def drop_inside(inner: Any, method: Compressor, role: Tensor, n_visual: tuple[int, ...]) -> Iterator[Inside]:
+def drop_inside(inner: Any, method: Compressor, prompts: Spliced) -> Iterator[Inside]:
     """Let a method drop tokens inside a language model; every hook is gone afterwards, also after an error.
 
     Arguments and errors are those of `Inside`.
     """
-    session = Inside(inner, method, role, n_visual)
+    session = Inside(inner, method, prompts)
 
     def look(index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
