@@ -3,6 +3,7 @@
 import base64
 import warnings
 from io import BytesIO
+from itertools import chain
 from math import ceil
 from os import PathLike
 from pathlib import Path
@@ -49,6 +50,8 @@ def load_image(source: str | PathLike[str]) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return the picture as RGB, whatever its mode; 16-bit grey is scaled down, of an animation the first frame counts.
 
+    What is RGB already is returned itself. A colour that a file declares transparent is a colour like others.
+
     Raises:
         InputError: the picture has no pixels.
     """
@@ -59,7 +62,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         levels = np.asarray(image)
         deep = image.mode != "I" or levels.max() > 255
         image = Image.fromarray((levels >> 8 if deep else levels).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    image.load()  # only now a file's mode is certain
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    rgb = image.convert("RGB")
+    rgb.info.pop("transparency", None)  # which transformers 5.23 would paint white
+    return rgb
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
@@ -113,14 +121,65 @@ def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: Any
     Returns:
         `[1 + n, 3, S, S]`: the thumbnail (the whole picture, squashed to a square), then the crops row-major.
     """
-    canvas = best_resolution(image.size, parse_pinpoints(grid_pinpoints))
+    target = best_resolution(image.size, parse_pinpoints(grid_pinpoints))
     tile, shortest = processor.crop_size["height"], processor.size["shortest_edge"]
-    crops = divide_to_patches(resize_and_pad_image(image, canvas), tile)
-    return _pixels([image.resize((shortest, shortest)), *crops], processor)
+    thumbnail, canvas = image.resize((shortest, shortest)), resize_and_pad_image(image, target)
+    if image.mode == "RGB" and _keeps_tiles(processor) and not any(length % tile for length in target):
+        return _look_up([thumbnail, canvas], processor)
+    return preprocess_each([thumbnail, *divide_to_patches(canvas, tile)], processor)
 
 
-def _pixels(images: list[Image.Image], processor: Any) -> Tensor:
+def _process_padded_image(image: Image.Image, processor: Any) -> Tensor:
+    """Turn an RGB picture into `[3, S, S]`, made square with the processor's mean colour."""
+    square = expand2square(image, tuple(int(255 * mean) for mean in processor.image_mean))
+    if not _keeps_tiles(processor):
+        return preprocess_each([square], processor)[0]
+    tile = processor.crop_size["height"]
+    return _look_up([square.resize((tile, tile), processor.resample)], processor)[0]
+
+
+def preprocess_each(images: list[Image.Image], processor: Any) -> Tensor:
+    """Send pictures through an image processor, which takes them one by one, into `[B, 3, S, S]`."""
     return cast(Tensor, processor.preprocess(images, return_tensors="pt")["pixel_values"])
+
+
+def _keeps_tiles(processor: Any) -> bool:
+    """Tell whether a processor is CLIP's and neither resizes nor crops an RGB picture that has its crop size.
+
+    All that its other settings can do to such a picture is to map the levels of a channel, each for itself.
+    """
+    from transformers import CLIPImageProcessorPil
+
+    if type(processor) is not CLIPImageProcessorPil:  # a subclass may do anything
+        return False
+    side = getattr(processor.size, "shortest_edge", None)
+    return (
+        processor.size == {"shortest_edge": side}
+        and processor.crop_size == {"height": side, "width": side}
+        and isinstance(processor.resample, int)  # one of Pillow's filters
+        and bool(processor.do_resize and not processor.do_pad)
+    )
+
+
+def _look_up(pictures: list[Image.Image], processor: Any) -> Tensor:
+    """Turn the tiles of RGB pictures, each row-major, into views `[V, 3, S, S]` as a processor that keeps tiles does.
+
+    The processor is asked what it makes of every level; one pass then writes everything to its place.
+    """
+    asked = {"do_resize": False, "do_center_crop": False, "input_data_format": "channels_first"}
+    levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+    tables = processor.preprocess(levels, **asked, return_tensors="np")["pixel_values"][0, :, 0]  # [3, 256]
+    side = processor.crop_size["height"]
+    tiles: list[np.ndarray] = []
+    for picture in pictures:
+        planes = np.frombuffer(b"".join(picture.tobytes("raw", band) for band in "RGB"), dtype=np.uint8)
+        planes = planes.reshape(3, picture.height // side, side, picture.width // side, side)
+        tiles += chain(*planes.transpose(1, 3, 0, 2, 4))  # [rows, cols, 3, S, S]
+    views = np.empty((len(tiles), 3, side, side), dtype=tables.dtype)
+    for tile, view in zip(tiles, views, strict=True):
+        for table, plane, out in zip(tables, tile, view, strict=True):
+            table.take(plane, out=out, mode="clip")  # nothing to clip: the other modes fill a buffer first
+    return torch.from_numpy(views)
 
 
 def process_images(images: list[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
@@ -140,10 +199,11 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
     if mode == "anyres":
         views = [process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in images]
     elif mode == "pad":
-        colour = tuple(int(255 * mean) for mean in image_processor.image_mean)
-        views = [_pixels([expand2square(image, colour)], image_processor)[0] for image in images]
+        views = [_process_padded_image(image, image_processor) for image in images]
     else:
-        return _pixels(images, image_processor)
+        return preprocess_each(images, image_processor)
+    if len(views) == 1:
+        return views[0][None]  # the usual case, without a copy
     return torch.stack(views) if len({view.shape for view in views}) == 1 else views
 
 

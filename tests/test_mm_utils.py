@@ -65,25 +65,33 @@ def normalised(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(((scaled - MEAN) / STD).transpose(2, 0, 1))
 
 
-def reference_anyres(image: Image.Image, canvas: tuple[int, int], tile: int) -> torch.Tensor:
+def tiles_of(image: Image.Image, canvas: tuple[int, int], tile: int) -> list[Image.Image]:
+    """The crops of the picture fitted into a canvas, row-major; what lies outside it is black too."""
     (width, height), (across, down) = image.size, canvas
     scale = min(across / width, down / height)
     fitted = (min(ceil(width * scale), across), min(ceil(height * scale), down))
     left, top = (across - fitted[0]) // 2, (down - fitted[1]) // 2
-    pixels = np.zeros((down, across, 3), dtype=np.uint8)
+    pixels = np.zeros((ceil(down / tile) * tile, ceil(across / tile) * tile, 3), dtype=np.uint8)
     pixels[top : top + fitted[1], left : left + fitted[0]] = np.asarray(image.resize(fitted, Image.Resampling.BICUBIC))
-    views = [image.resize((tile, tile), Image.Resampling.BICUBIC)]
-    for y in range(0, down, tile):
-        views += [Image.fromarray(pixels[y : y + tile, x : x + tile]) for x in range(0, across, tile)]
-    return torch.stack([normalised(view) for view in views])
+    corners = [(y, x) for y in range(0, down, tile) for x in range(0, across, tile)]
+    return [Image.fromarray(pixels[y : y + tile, x : x + tile]) for y, x in corners]
+
+
+def reference_anyres(image: Image.Image, canvas: tuple[int, int], tile: int) -> torch.Tensor:
+    thumbnail = image.resize((tile, tile), Image.Resampling.BICUBIC)
+    return torch.stack([normalised(view) for view in [thumbnail, *tiles_of(image, canvas, tile)]])
+
+
+def squared(image: Image.Image, colour: tuple[int, ...] = (122, 116, 104)) -> Image.Image:
+    side = max(image.size)
+    pixels = np.full((side, side, 3), colour, dtype=np.uint8)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    pixels[top : top + image.height, left : left + image.width] = np.asarray(image)
+    return Image.fromarray(pixels)
 
 
 def reference_pad(image: Image.Image, tile: int) -> torch.Tensor:
-    side = max(image.size)
-    pixels = np.full((side, side, 3), (122, 116, 104), dtype=np.uint8)
-    left, top = (side - image.width) // 2, (side - image.height) // 2
-    pixels[top : top + image.height, left : left + image.width] = np.asarray(image)
-    return normalised(Image.fromarray(pixels).resize((tile, tile), Image.Resampling.BICUBIC))
+    return normalised(squared(image).resize((tile, tile), Image.Resampling.BICUBIC))
 
 
 def reference_plain(image: Image.Image, tile: int) -> torch.Tensor:
@@ -192,12 +200,14 @@ def test_pinpoints_may_be_a_string():
     )
 
 
-def test_images_are_not_changed():
-    image = picture(53, 40).convert("P")
-    before = image.tobytes()
-    for mode in ("anyres", "pad", None):
-        process_images([image], clip_processor(TILE), config(mode))
-    assert (image.mode, image.size, image.tobytes()) == ("P", (53, 40), before)
+@pytest.mark.parametrize("mode", ["P", "RGB"])
+def test_images_are_not_changed(mode):
+    image = picture(53, 40).convert(mode)
+    image.info["transparency"] = (1, 2, 3) if mode == "RGB" else 3
+    before, info = image.tobytes(), dict(image.info)
+    for aspect in ("anyres", "pad", None):
+        process_images([image], clip_processor(TILE), config(aspect)).zero_()
+    assert (image.mode, image.size, image.tobytes(), image.info) == (mode, (53, 40), before, info)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (10000, 37), (37, 10000)])
@@ -229,6 +239,184 @@ def test_extreme_sizes_padded(size):
 def test_a_picture_without_pixels_is_the_users_error():
     with pytest.raises(InputError, match="0x5"):
         process_images([Image.new("RGB", (0, 5))], clip_processor(TILE), config("anyres"))
+
+
+# --- CLIP's processor, view by view ----------------------------------------------------------------------------------
+
+
+def view_by_view(views: list[Image.Image], processor: Any) -> torch.Tensor:
+    """What the processor makes of pictures, each sent alone."""
+    return torch.cat([processor.preprocess(view, return_tensors="pt")["pixel_values"] for view in views])
+
+
+def expected_views(image: Image.Image, processor: Any, mode: str, pinpoints: list[list[int]]) -> torch.Tensor:
+    """What `process_images` should give for one picture, every view sent alone: `[V, 3, S, S]`."""
+    if mode == "pad":
+        return view_by_view([squared(image, tuple(int(255 * mean) for mean in processor.image_mean))], processor)
+    tile, shortest = processor.crop_size["height"], processor.size["shortest_edge"]
+    canvas = select_best_resolution(image.size, [(width, height) for width, height in pinpoints])
+    thumbnail = image.resize((shortest, shortest), Image.Resampling.BICUBIC)
+    return view_by_view([thumbnail, *tiles_of(image, canvas, tile)], processor)
+
+
+def assert_as_view_by_view(image: Image.Image, processor: Any, pinpoints: list[list[int]] = TINY_PINPOINTS) -> None:
+    for mode in ("anyres", "pad"):
+        shape = SimpleNamespace(image_aspect_ratio=mode, image_grid_pinpoints=pinpoints)
+        (found,), wanted = process_images([image], processor, shape), expected_views(image, processor, mode, pinpoints)
+        assert found.dtype == wanted.dtype
+        assert torch.equal(found, wanted if mode == "anyres" else wanted[0])
+
+
+def all_levels(tile: int) -> Image.Image:
+    """A picture of two tiles with every level in every channel, in another order each."""
+    levels = np.arange(2 * tile**2).reshape(tile, 2 * tile, 1) * [1, 3, 7] % 256
+    assert all(len(np.unique(levels[:, half, c])) == 256 for c in range(3) for half in (slice(tile), slice(tile, None)))
+    return Image.fromarray(levels.astype(np.uint8))
+
+
+sides = st.integers(1, 120)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    size=st.tuples(sides, sides) | st.tuples(st.integers(1, 4), st.integers(1, 900)),
+    seed=st.integers(0, 2**32),
+    tile=st.sampled_from([1, 2, 14, 28]),
+)
+def test_any_picture_is_as_view_by_view(size, seed, tile):
+    pinpoints = [[tile * width // 336, tile * height // 336] for width, height in PINPOINTS]
+    assert_as_view_by_view(picture(*size, seed=seed), clip_processor(tile), pinpoints)
+
+
+SETTINGS = [
+    {},
+    {"image_mean": [0.5, 0.25, 0.1], "image_std": [0.1, 0.7, 1.3]},
+    {"image_std": 0.3},
+    {"do_normalize": False},
+    {"do_rescale": False},
+    {"do_rescale": False, "do_normalize": False},  # bytes then
+    {"rescale_factor": 1 / 127.5},
+    {"rescale_factor": 3.7, "do_normalize": False},
+    {"rescale_factor": 1 / 7, "image_mean": [1 / 3, 1 / 7, 1 / 11]},
+    {"do_convert_rgb": False},
+    {"do_center_crop": False},
+    {"resample": Image.Resampling.NEAREST},
+    {"resample": Image.Resampling.LANCZOS},
+]
+
+
+def with_settings(changed: dict[str, Any], made_with: bool, tile: int = TILE) -> Any:
+    """A processor that was made with some settings, or used first and then changed."""
+    if made_with:
+        geometry = {"size": {"shortest_edge": tile}, "crop_size": {"height": tile, "width": tile}}
+        return CLIPImageProcessorPil(**geometry | changed)
+    processor = clip_processor(tile)
+    assert_as_view_by_view(picture(30, 20), processor)
+    for name, value in changed.items():
+        setattr(processor, name, value)
+    return processor
+
+
+@pytest.mark.parametrize("made_with", [True, False])
+@pytest.mark.parametrize("changed", SETTINGS, ids=str)
+def test_every_setting_is_as_view_by_view(changed, made_with):
+    processor = with_settings(changed, made_with)
+    assert_as_view_by_view(all_levels(TILE), processor)
+    assert_as_view_by_view(picture(45, 61), processor)
+
+
+def test_clips_own_size_is_as_view_by_view():
+    for size in [(640, 480), (336, 672), (500, 1000)]:
+        assert_as_view_by_view(picture(*size), clip_processor(336), PINPOINTS)
+
+
+def test_processors_do_not_answer_for_each_other():
+    dark, light = clip_processor(TILE), clip_processor(TILE)
+    light.rescale_factor = 1 / 100
+    for processor in (dark, light, dark):
+        assert_as_view_by_view(picture(40, 50), processor)
+
+
+@pytest.mark.parametrize("mode", ["anyres", "pad"])
+@pytest.mark.parametrize("changed", SETTINGS, ids=str)
+def test_no_view_goes_through_the_processor_by_itself(changed, mode, monkeypatch):
+    # All that the processor of a checkpoint is asked for is what it makes of 256 levels.
+    processor, sent = with_settings(changed, True), []
+    monkeypatch.setattr(CLIPImageProcessorPil, "process_image", spy(sent, CLIPImageProcessorPil.process_image))
+    process_images([picture(50, 40)], processor, config(mode))
+    assert sum(np.asarray(image).size for image in sent) == 3 * 256
+
+
+def spy(seen: list[Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Any, image: Any, **kwargs: Any) -> Any:
+        seen.append(image)
+        return function(self, image, **kwargs)
+
+    return call
+
+
+class Mirrored(CLIPImageProcessorPil):
+    def center_crop(self, image: np.ndarray, size: Any, **kwargs: Any) -> np.ndarray:
+        return super().center_crop(image, size, **kwargs)[..., ::-1]
+
+
+GEOMETRIES = [
+    {"size": {"shortest_edge": 32}},
+    {"size": {"shortest_edge": 20}},
+    {"crop_size": {"height": 28, "width": 24}},
+    {"size": {"shortest_edge": 28, "longest_edge": 20}},
+    {"resample": "torchvision's"},  # transformers takes a filter of its own choice then
+    {"do_pad": True, "pad_size": {"height": 30, "width": 33}},
+]
+
+
+@pytest.mark.parametrize("made_with", [True, False])
+@pytest.mark.parametrize("changed", GEOMETRIES, ids=str)
+def test_a_processor_that_changes_tiles_is_given_them(changed, made_with):
+    processor = with_settings(changed, made_with)
+    for image in (picture(56, 56), picture(50, 50)):  # squares, as one setting would give sizes that do not stack
+        assert_as_view_by_view(image, processor)
+
+
+def test_a_processor_that_does_not_resize_is_given_the_square():
+    processor = with_settings({"do_resize": False}, True)
+    for size in [(56, 28), (20, 10)]:
+        assert_as_view_by_view(picture(*size), processor)
+
+
+def test_a_processor_of_another_class_is_given_the_tiles():
+    mirrored = Mirrored(size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE})
+    assert_as_view_by_view(picture(50, 40), mirrored)
+
+
+def test_a_canvas_need_not_be_whole_tiles():
+    assert_as_view_by_view(picture(50, 40), clip_processor(TILE), [[60, 40], [40, 60]])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_one_picture_of_another_mode_is_given_to_the_processor(mode):
+    # `process_images` converts first; a caller of the inner function leaves it to Pillow and the processor.
+    image, processor = picture(53, 40).convert(mode), clip_processor(TILE)
+    views = [image.resize((TILE, TILE)), *divide_to_patches(resize_and_pad_image(image, (56, 56)), TILE)]
+    assert torch.equal(process_anyres_image(image, processor, TINY_PINPOINTS), view_by_view(views, processor))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_a_colour_declared_transparent_is_a_colour_like_others(mode, tmp_path):
+    # transformers 5.23 paints it white, in the thumbnail and not in the crops.
+    image, file = Image.new("RGB", (40, 30), (9, 9, 9)).convert(mode), tmp_path / "picture.png"
+    image.save(file, transparency={"RGB": (9, 9, 9), "L": 9, "P": image.getpixel((0, 0))}[mode])
+    assert "transparency" in Image.open(file).info
+    for read in (Image.open(file), load_image(file)):
+        assert "transparency" not in to_rgb(read).info
+        for aspect in ("anyres", "pad", None):
+            plain = process_images([image], clip_processor(TILE), config(aspect))
+            assert torch.equal(process_images([read], clip_processor(TILE), config(aspect)), plain)
+
+
+def test_rgb_is_not_copied():
+    image = picture(8, 6)
+    assert to_rgb(image) is image
 
 
 # --- modes -----------------------------------------------------------------------------------------------------------

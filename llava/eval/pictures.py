@@ -41,6 +41,10 @@ class Picture:
     """`(width, height)` of the original in pixels."""
     error: str | None = None
 
+    def pin_memory(self) -> "Picture":
+        """Return the picture with its views in page-locked memory, as a DataLoader that pins asks for."""
+        return self if self.views is None else replace(self, views=self.views.pin_memory())
+
 
 def check_paths(questions: Iterable[Question], folder: Path) -> None:
     """Make sure that no question names a picture outside the image folder.
@@ -93,13 +97,17 @@ def _one_thread(worker: int) -> None:
 
 
 def stream(pictures: Pictures, sources: Iterable[Source], workers: int) -> Iterator[Picture]:
-    """Load pictures in order, `workers` processes ahead of the consumer (0: none); sources are drawn as needed."""
+    """Load pictures in order, `workers` processes ahead of the consumer (0: none); sources are drawn as needed.
+
+    Where there is a GPU, views come in page-locked memory, which it copies from while the host goes on.
+    """
     ahead: dict[str, Any] = {}
     if workers:
         # Started afresh, as a forked copy of a process with threads and a GPU may hang.
         ahead = {"multiprocessing_context": "spawn", "worker_init_fn": _one_thread}
     sampler: Any = sources
+    ahead["pin_memory"] = torch.cuda.is_available()
     for picture in DataLoader(pictures, batch_size=None, sampler=sampler, num_workers=workers, **ahead):
-        # What a worker made lies in shared memory, which containers have little of.
-        own = picture.views.clone() if workers and picture.views is not None else picture.views
-        yield replace(picture, views=own)
+        # What a worker made lies in shared memory, which containers have little of; pinning has copied it already.
+        shared = picture.views is not None and picture.views.is_shared()
+        yield replace(picture, views=picture.views.clone()) if shared else picture

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava.constants import InputError
 from llava.eval.benchmarks.base import Question
-from llava.eval.pictures import Pictures, Source, check_paths, stream
+from llava.eval.pictures import Picture, Pictures, Source, check_paths, stream
 from llava.mm_utils import process_images
 from tests.conftest import picture
 
@@ -99,6 +99,43 @@ def test_workers_started_afresh_give_the_same_in_order(pictures):
         assert (one.views is None) == (other.views is None)
         assert one.views is None or torch.equal(one.views, other.views)
         assert other.views is None or not other.views.is_shared()
+
+
+def test_views_are_pinned_where_there_is_a_gpu(pictures, monkeypatch):
+    given = []
+
+    def loader(*args: object, pin_memory: bool, **options: object) -> Iterator[Picture]:
+        given.append(pin_memory)
+        return iter(())
+
+    monkeypatch.setattr("llava.eval.pictures.DataLoader", loader)
+    for gpu, workers in ((False, 0), (True, 0), (True, 2)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        list(stream(pictures, [], workers))
+    assert given == [False, True, True]
+
+
+def test_a_pinned_picture_is_the_same_but_for_where_its_views_lie(pictures, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)  # a host without a GPU has no such memory
+    for source in (Source(4, "0.png"), Source(5, "nosuch.png"), Source(6)):
+        plain = pictures[source]
+        pinned = plain.pin_memory()
+        assert (pinned.group, pinned.size, pinned.error) == (plain.group, plain.size, plain.error)
+        assert pinned.views is plain.views is None or torch.equal(pinned.views, plain.views + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_pinned_is_the_same(pictures, workers):
+    for found in stream(pictures, [Source(0, "0.png"), Source(1), Source(2, "half.png")], workers):
+        if found.group == 0:
+            assert found.views.is_pinned()
+            assert not found.views.is_shared()
+            assert torch.equal(found.views, pictures[Source(0, "0.png")].views)
+            assert torch.equal(found.views.to("cuda", non_blocking=True).half().cpu(), found.views.half())
+        else:
+            assert found.views is None
 
 
 def test_sources_are_drawn_as_they_are_needed(pictures):
