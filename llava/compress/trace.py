@@ -90,8 +90,8 @@ class Trace:
     """Tokens entering the language model, per row of the batch, padding not counted."""
     visual_per_layer: list[tuple[int, ...]] = field(default_factory=list)
     """Per row of the batch, the image tokens, newlines included, that every layer of the language model ran on."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of every stage: vision, selection, packing (projector included), prefill, decode."""
+    spans: list[tuple[str, "Moment", "Moment"]] = field(default_factory=list, repr=False)
+    """What was timed: stage, beginning and end."""
 
     def add(self, method: Compressor, image: ImageTrace) -> None:
         """Take an image in."""
@@ -100,10 +100,18 @@ class Trace:
 
     @contextmanager
     def clock(self, stage: str, device: torch.device) -> Iterator[None]:
-        """Add the wall time of the block to a stage; CUDA is waited for, so that it is the stage's own."""
-        start = _now(device)
+        """Add the time of the block to a stage."""
+        start = moment(device)
         yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + _now(device) - start
+        self.spans.append((stage, start, moment(device)))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time of every stage, waited for: vision, selection, packing (projector included), prefill, decode."""
+        total: dict[str, float] = {}
+        for stage, start, end in self.spans:
+            total[stage] = total.get(stage, 0.0) + seconds_between(start, end)
+        return total
 
     def ledger(self) -> dict[str, Any]:
         """Return the whole account as plain data, ready for JSON."""
@@ -122,7 +130,8 @@ class GenerationClock:
     def __init__(self, trace: Trace | None, device: torch.device) -> None:
         """Prepare to time a generation on `device` for `trace`."""
         self.trace, self.device = trace, device
-        self.start = self.first = 0.0
+        self.start: Moment | None = None
+        self.first: Moment | None = None
 
     @property
     def criteria(self) -> list[Callable[..., bool]]:
@@ -130,24 +139,39 @@ class GenerationClock:
         return [self._token] if self.trace else []
 
     def _token(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> bool:
-        if not self.first:
-            self.first = _now(self.device)
+        if self.first is None:
+            self.first = moment(self.device)
         return False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "GenerationClock":
         """Start the clock."""
         if self.trace:
-            self.start = _now(self.device)
+            self.start = moment(self.device)
+        return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop the clock and write both times down."""
-        if self.trace and self.first:
-            seconds = self.trace.seconds
-            seconds["prefill"] = seconds.get("prefill", 0.0) + self.first - self.start
-            seconds["decode"] = seconds.get("decode", 0.0) + _now(self.device) - self.first
+        """Stop the clock and write both spans down."""
+        if self.trace and self.start is not None and self.first is not None:
+            spans = [("prefill", self.start, self.first), ("decode", self.first, moment(self.device))]
+            self.trace.spans += spans
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+Moment = float | torch.cuda.Event
+"""A point in time: of this process, or in the work of a CUDA device, which is not made to wait by asking."""
+
+
+def moment(device: torch.device) -> Moment:
+    """Return the moment at which the device has done all it was given so far."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(start: Moment, end: Moment) -> float:
+    """Return the time between two moments of one device; waits for the later one."""
+    if isinstance(start, float) or isinstance(end, float):
+        return float(end) - float(start)  # type: ignore[arg-type]
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000

@@ -13,7 +13,7 @@ from llava.anyres import AnyResGrid
 from llava.compress import available, get
 from llava.compress.base import Compressor, Extra, Plan, Selection, Views
 from llava.compress.pack import EXTRA, NEWLINE, pack
-from llava.compress.trace import ImageTrace, Trace
+from llava.compress.trace import GenerationClock, ImageTrace, Trace
 from llava.efficiency.methods import trace_requests
 from llava.efficiency.shapes import load
 from llava.eval.benchmarks.base import Question
@@ -143,3 +143,49 @@ def test_answers_count_appended_tokens(
     asked = engine.ask(0, Question(id="q", text="what?", image="x.png"))
     (answer,) = engine.answer(iter([(shown, [asked])]), one_by_one=one_by_one)
     assert (answer.kept, answer.total) == (45, 180)  # what the language model saw of the image, newlines not counted
+
+
+class Event:
+    """A CUDA event of a device whose clock is the number of events."""
+
+    made: list["Event"] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.waited = False
+
+    def record(self, stream: str) -> None:
+        assert stream == "the device's"
+        self.made.append(self)
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+    def elapsed_time(self, later: "Event") -> float:
+        assert later.waited
+        return 1000.0 * (self.made.index(later) - self.made.index(self))  # in ms
+
+
+def test_a_cuda_device_is_not_made_to_wait_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the device's")
+    Event.made, device, trace = [], torch.device("cuda"), Trace()
+    with trace.clock("vision", device), trace.clock("selection", device):
+        pass
+    with trace.clock("vision", device):
+        pass
+    with GenerationClock(trace, device) as clock:
+        for _ in range(3):
+            assert clock.criteria[0](None, None) is False
+    assert not any(event.waited for event in Event.made)
+    # Events 0 to 3 are nested, 4 and 5 the second vision; 6 to 8 begin, first token and end.
+    assert trace.seconds == {"selection": 1, "vision": 3 + 1, "prefill": 1, "decode": 1}
+
+
+def test_a_generation_without_a_token_leaves_no_time() -> None:
+    trace = Trace()
+    with GenerationClock(trace, torch.device("cpu")):
+        pass
+    assert trace.seconds == {}
+    with GenerationClock(None, torch.device("cpu")) as clock:
+        assert clock.criteria == []
