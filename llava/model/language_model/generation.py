@@ -30,11 +30,13 @@ class ImageGeneration(LlavaMetaForCausalLM):
         use_cache: bool | None = None,
         images: Tensor | Sequence[Tensor] | None = None,
         image_sizes: Sequence[Sequence[int]] | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
         """Run the language model; `labels` are aligned with `input_ids` and follow the compression.
 
-        Everything but `images` and `image_sizes` means what it means for the language model itself.
+        Everything but `images` and `image_sizes` means what it means for the language model itself. That
+        `logits_to_keep` is named here tells transformers' `generate` to ask for the logits of the last position only.
         """
         if inputs_embeds is None and input_ids is not None:
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
@@ -53,6 +55,7 @@ class ImageGeneration(LlavaMetaForCausalLM):
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
             **kwargs,
         )
 
@@ -101,6 +104,8 @@ class ImageGeneration(LlavaMetaForCausalLM):
         steps = GenerationClock(trace, s.inputs_embeds.device)
         kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), *steps.criteria]
         with steps, drop_inside(self.get_model(), self.method, s) as session:
+            if session.points:  # what the hooks remember between steps, a compiled step would take for constant
+                kwargs["disable_compile"] = True
             answer = self._continue(inputs_embeds=s.inputs_embeds, attention_mask=s.attention_mask, **kwargs)
         session.check()
         if trace:

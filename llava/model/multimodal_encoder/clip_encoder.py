@@ -74,6 +74,11 @@ class CLIPVisionTower(nn.Module):
             hidden = layer(hidden, attention_mask=None)
         return hidden
 
+    def compile_layers(self, **options: Any) -> None:
+        """Let `torch.compile` make every layer that is run faster, in place; options are its own."""
+        for layer in self.vision_tower.encoder.layers[: self.depth]:
+            layer.compile(**options)
+
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """Encode views `[V, 3, S, S]` into patch features `[V, N, C]` in the dtype of the input; a list one by one."""
         if isinstance(images, list):
