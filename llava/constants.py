@@ -22,3 +22,11 @@ class InputError(ValueError):
     def __init__(self, message: str) -> None:
         """Take the message; what it quotes of other errors is put on the one line."""
         super().__init__(" ".join(message.split()))
+
+
+class PromptTooLong(InputError):
+    """A prompt has more tokens, its images included, than the model takes."""
+
+
+class OutOfReach(InputError):
+    """A method with these fields cannot come down to the retention ratio asked for, on this image and model."""

@@ -55,6 +55,16 @@ def at_least(low: int) -> Callable[[str], int]:
     return integer
 
 
+def ratio_argument(text: str) -> float:
+    """Read a retention ratio for argparse."""
+    from llava.compress.base import parse_ratio  # loads torch, which --help does without
+
+    try:
+        return parse_ratio(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _between(low: float, high: float) -> Callable[[str], float]:
     def number(text: str) -> float:
         if not low <= float(text) <= high:

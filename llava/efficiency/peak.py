@@ -16,23 +16,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
-from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from llava.anyres import choose_grid
 from llava.compress import attach, available, get
 from llava.compress.base import Compressor
 from llava.compress.trace import ImageTrace, Trace
-from llava.constants import IMAGE_TOKEN_INDEX, InputError
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.efficiency.__main__ import image_size
-from llava.model.miniature import GRIDS, published_config
+from llava.efficiency.build import DTYPES, random_model
+from llava.efficiency.meter import Meter
+from llava.efficiency.shapes import Language, Model, Tower
+from llava.model.miniature import GRIDS, VOCABULARY
 from llava.utils import OneLineParser, at_least, run_command
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 STAGES = ("tower", "llm")
 # Where a method's own layers, or its way to spread a ratio over them, do not fit a model of eight.
 MOVED = {
@@ -59,86 +59,43 @@ class Geometry:
     image_size: tuple[int, int] = (672, 672)
     dtype: str = "bfloat16"
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot be built."""
-        for width, heads in ((self.width, self.heads), (self.tower_width, self.tower_heads)):
-            if width % heads or width // heads % 2:
-                raise InputError(f"a width must be an even multiple of its heads, got {width} and {heads}")
-
     @property
     def tile(self) -> int:
         """Pixels along a view."""
         return self.side * 14
 
     @property
-    def pinpoints(self) -> list[list[int]]:
-        """The canvases, in pixels."""
-        return [[self.tile * cols, self.tile * rows] for cols, rows in GRIDS]
+    def shape(self) -> Model:
+        """The sizes of the whole model, of whose vocabulary little is used."""
+        tower = Tower(
+            width=self.tower_width,
+            inner=4 * self.tower_width,
+            layers=self.tower_layers,
+            heads=self.tower_heads,
+            image_size=self.tile,
+            patch_size=14,
+        )
+        language = Language(
+            width=self.width,
+            inner=self.inner,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.heads,
+            head_width=self.width // self.heads,
+            vocabulary=VOCABULARY,
+        )
+        pinpoints = tuple((self.tile * cols, self.tile * rows) for cols, rows in GRIDS)
+        return Model(name="random", tower=tower, language=language, pinpoints=pinpoints, merge="spatial_unpad")
 
 
-def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-
-
-class Meter(TorchDispatchMode):
-    """Counts the bytes of all tensors that were made since it began and still live."""
+class Watch(Meter):
+    """A meter, and what ran."""
 
     def __init__(self) -> None:
         """Begin at nothing."""
         super().__init__()
-        self.live = self.peak = 0
         self.notes = Notes()
-        self.at = "start"
-        self.points: dict[str, int] = {}
-        """Live bytes at every mark."""
-        self.peaks: dict[str, int] = {}
-        """Most live bytes between every mark and the next."""
-        self.own: dict[str, int] = dict.fromkeys(STAGES, 0)
-        """Most bytes that spans of a stage took, see `span`."""
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it makes."""
-        for storage in _storages((args, kwargs)):
-            self._see(storage, 0)  # weights and the like: older than this, and never counted
-        result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            self._see(storage, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        self.peaks[self.at] = max(self.peaks.get(self.at, 0), self.live)
-        return result
-
-    def _see(self, storage: torch.UntypedStorage, nbytes: int) -> None:
-        key = id(storage)  # torch keeps the object as long as the memory
-        if key not in self._known:
-            self._known.add(key)
-            self.live += nbytes
-            finalize(storage, self._free, key, nbytes).atexit = False
-
-    def _free(self, key: int, nbytes: int) -> None:
-        self._known.discard(key)
-        self.live -= nbytes
-
-    def mark(self, label: str) -> None:
-        """Pass a place that other runs pass too."""
-        self.at = label
-        self.points.setdefault(label, self.live)
-        self.peaks[label] = max(self.peaks.get(label, 0), self.live)
-
-    @contextmanager
-    def span(self, label: str, base: dict[str, int]) -> Iterator[None]:
-        """Count the block as a method's own work.
-
-        Args:
-            label: the mark that it belongs to; its first word is the stage.
-            base: live bytes at the marks without a method. What lives on top of them at the beginning is counted too.
-        """
-        self.points.setdefault(label, self.live)
-        before, outer, self.peak = self.live, self.peak, self.live
-        yield
-        stage = label.split()[0]
-        self.own[stage] = max(self.own[stage], self.peak - min(before, base.get(label, before)))
-        self.peak = max(outer, self.peak)
+        self.own = dict.fromkeys(STAGES, 0)
 
 
 class Idle(TorchDispatchMode):
@@ -198,45 +155,17 @@ class _Watched:
 
 def build(geometry: Geometry) -> Any:
     """Return a random model."""
-    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-
-    g = geometry
-    config = published_config("v1.6-vicuna") | {
-        "hidden_size": g.width,
-        "intermediate_size": g.inner,
-        "num_hidden_layers": g.layers,
-        "num_attention_heads": g.heads,
-        "num_key_value_heads": g.heads,
-        "mm_hidden_size": g.tower_width,
-        "image_grid_pinpoints": g.pinpoints,
-        "attn_implementation": "sdpa",
-        "mm_vision_config": {
-            "hidden_size": g.tower_width,
-            "intermediate_size": 4 * g.tower_width,
-            "num_hidden_layers": g.tower_layers,
-            "num_attention_heads": g.tower_heads,
-            "image_size": g.tile,
-            "patch_size": 14,
-            "projection_dim": g.tower_width,
-        },
-    }
-    config.pop("model_type")
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[g.dtype])
-    try:
-        return LlavaLlamaForCausalLM(LlavaConfig(**config)).eval()
-    finally:
-        torch.set_default_dtype(usual)
+    return random_model(geometry.shape, dtype=DTYPES[geometry.dtype])
 
 
-def answer(model: Any, method: Compressor, geometry: Geometry, base: dict[str, int]) -> Meter:
+def answer(model: Any, method: Compressor, geometry: Geometry, base: dict[str, int]) -> Watch:
     """Answer about one image with one token; returns the meter that was on. For `base` see `Meter.span`.
 
     Raises:
         InputError: the method cannot meet its ratio in this model.
     """
-    meter = Meter()
-    cols, rows = choose_grid(geometry.image_size, geometry.pinpoints, geometry.tile)
+    meter = Watch()
+    cols, rows = choose_grid(geometry.image_size, geometry.shape.pinpoints, geometry.tile)
     images = [torch.zeros(1 + cols * rows, 3, geometry.tile, geometry.tile, dtype=DTYPES[geometry.dtype])]
     ids = torch.full((1, geometry.text + 1), 5)
     ids[0, geometry.text // 2] = IMAGE_TOKEN_INDEX
@@ -290,7 +219,7 @@ def _spans(meter: Meter, base: dict[str, int]) -> Iterator[None]:
             setattr(attach, name, own[name])
 
 
-def compare(plain: Meter, meter: Meter, geometry: Geometry) -> dict[str, Any]:
+def compare(plain: Watch, meter: Watch, geometry: Geometry) -> dict[str, Any]:
     """Return a method's extra peak per stage, in bytes and as a share of one eager attention map.
 
     It is the larger of two: what the method's own work took while it ran, what it had laid by included; and by how much

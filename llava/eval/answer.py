@@ -190,17 +190,17 @@ def run(args: argparse.Namespace) -> Row:
             engine, processor = load_engine(args, method, ranks.device)
             tally.start = time.monotonic()
             model_id = args.model_name or get_model_name_from_path(args.model_path)
-            bar = tqdm(total=len(questions), initial=len(done), unit="question", disable=ranks.rank > 0)
             feed = _feed(args, questions, done, engine, processor, ranks, tally)
-            for answer in engine.answer(feed, one_by_one=args.one_by_one):
-                journal.write(answer.index, answer_row(answer, model_id, str(method), method.ratio))
-                tally.update(answers=1, kept=answer.kept, total=answer.total)
-                bar.set_postfix_str(f"{tally.images_per_second:.2f} images/s, kept {tally.retention}", refresh=False)
+            with tqdm(total=len(questions), initial=len(done), unit="question", disable=ranks.rank > 0) as bar:
+                for answer in engine.answer(feed, one_by_one=args.one_by_one):
+                    journal.write(answer.index, answer_row(answer, model_id, str(method), method.ratio))
+                    tally.update(answers=1, kept=answer.kept, total=answer.total)
+                    said = f"{tally.images_per_second:.2f} images/s, kept {tally.retention}"
+                    bar.set_postfix_str(said, refresh=False)
+                    bar.update(len(done) + tally.answers - bar.n)
+                ranks.wait()
+                tally.update()
                 bar.update(len(done) + tally.answers - bar.n)
-            ranks.wait()
-            tally.update()
-            bar.update(len(done) + tally.answers - bar.n)
-            bar.close()
         journal.close()
         ranks.wait()
         return _conclude(args, journal, len(questions), tally) if ranks.rank == 0 else {}

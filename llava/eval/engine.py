@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llava.compress.pack import Packed
 from llava.compress.trace import Trace
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, InputError
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, PromptTooLong
 from llava.eval.benchmarks.base import Question
 from llava.eval.pictures import Picture
 from llava.eval.run_llava import build_prompt
@@ -136,7 +136,7 @@ class Engine:
             output = self.model.generate(
                 asked.ids[None], images=images, image_sizes=[picture.size], trace=trace, **self.generation
             )
-        except InputError as error:  # the prompt is too long
+        except PromptTooLong as error:
             yield Answer(asked.index, asked.question, error=str(error))
             return
         yield Answer(asked.index, asked.question, self._text(output[0]), *_tokens(trace))

@@ -11,11 +11,10 @@ from itertools import product
 from pathlib import Path
 
 from llava.compress import get
-from llava.compress.base import parse_ratio
-from llava.constants import InputError
+from llava.constants import OutOfReach
 from llava.eval import answer, benchmarks
 from llava.eval.published import COLUMNS, UPPER
-from llava.utils import OneLineParser, at_least, run_command
+from llava.utils import OneLineParser, at_least, ratio_argument, run_command
 
 # What the benchmarks' scripts give besides.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -52,13 +51,6 @@ def words(args: argparse.Namespace, name: str, method: str, ratio: float) -> Ite
         yield from ("--limit", str(args.limit))
 
 
-def _ratio(text: str) -> float:
-    try:
-        return parse_ratio(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = OneLineParser(prog="llava.eval.grid", description=(__doc__ or "").split(":")[0])
@@ -67,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="answers are written here")
     parser.add_argument("--benchmarks", nargs="+", default=COLUMNS, choices=COLUMNS, metavar="NAME")
     parser.add_argument("--methods", nargs="+", default=["globalcom2"], help="names, or calls with fields")
-    parser.add_argument("--ratios", nargs="+", type=_ratio, default=[0.75, 0.5, 0.25, 0.1])
+    parser.add_argument("--ratios", nargs="+", type=ratio_argument, default=[0.75, 0.5, 0.25, 0.1])
     parser.add_argument("--limit", type=at_least(1), help="the first N questions of each benchmark only")
     parser.add_argument("--batch-size", type=at_least(1), default=16)
     parser.add_argument("--max-new-tokens", type=at_least(1), default=64)
@@ -76,11 +68,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answer every cell, saying on stderr what it took."""
+    """Answer every cell within its method's reach, saying on stderr what it took."""
     for name, (method, ratio) in product(args.benchmarks, cells(args.methods, args.ratios)):
-        done = answer.run(answer.parse(list(words(args, name, method, ratio))))
-        said = f"{name:12} {method:40} {ratio:5.2f} {done['questions']:6d} answers, {done['seconds']:.1f} s"
-        print(said, file=sys.stderr)
+        cell = f"{name:12} {method:40} {ratio:5.2f}"
+        try:
+            done = answer.run(answer.parse(list(words(args, name, method, ratio))))
+        except OutOfReach as error:
+            print(f"{cell} left out: {error}", file=sys.stderr)
+            continue
+        print(f"{cell} {done['questions']:6d} answers, {done['seconds']:.1f} s", file=sys.stderr)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from llava.eval.benchmarks.base import read_jsonl
 from llava.eval.benchmarks.pope import judge
 from llava.eval.intervals import LEVEL, RESAMPLES, Interval
 from llava.eval.published import COLUMNS, UPPER
-from llava.eval.table import Key, Run, add_run_arguments, collect
+from llava.eval.table import OWN, Key, Run, add_run_arguments, collect
 from llava.pocket.gates import percent
 from llava.utils import OneLineParser, run_command
 
@@ -104,16 +104,23 @@ def as_markdown(found: Mapping[Key, Sums], against: str) -> str:
     Raises:
         InputError: that method was not run.
     """
-    ratios = sorted({ratio for _, ratio in found if ratio < 1}, reverse=True)
+    ratios = sorted({ratio for _, ratio in found if OWN < ratio < 1}, reverse=True)
     if not any((against, ratio) in found for ratio in ratios):
         raise InputError(f"{against} has not answered all ten tasks; give another method with --against")
     scores = {key: compare(sums) for key, sums in found.items()}
-    methods = {method for method, ratio in found if ratio < 1}
-    order = sorted(methods, key=lambda m: -scores[m, ratios[-1]].value if (m, ratios[-1]) in scores else 0.0)
+    methods = {method for method, ratio in found if ratio in ratios}
+    # Methods that cannot come down to the smallest ratio are ranked among themselves, at the next, behind the others.
+    order = sorted(methods, key=lambda m: [-scores[m, r].value if (m, r) in scores else 0 for r in ratios[::-1]])
     lines = ["| | " + " | ".join(f"R = {ratio:g} | − {against}" for ratio in ratios) + " |"]
     lines.append("|---|" + "---:|---:|" * len(ratios))
     if UPPER in found:
         lines.append(f"| {UPPER[0]}, R = 1 | {_said(scores[UPPER])} |" + " |" * (2 * len(ratios) - 1))
+    for method in (method for method, ratio in found if ratio == OWN):
+        cells = [_said(scores[method, OWN])]
+        for ratio in ratios:
+            here = (against, ratio) in found
+            cells += [_said(compare(found[method, OWN], found[against, ratio]), "+") if here else "", ""]
+        lines.append(f"| {method}, its own R | " + " | ".join(cells[:-1]) + " |")
     for method in order:
         cells = []
         for ratio in ratios:

@@ -144,6 +144,21 @@ def test_the_table_takes_the_answers(made: Path, checkpoint: Path, data: Path) -
     assert "globalcom2" in table.as_text(found, str(checkpoint))
 
 
+def test_what_cannot_be_reached_is_left_out_and_said(run: Run, tmp_path: Path, data: Path, checkpoint: Path) -> None:
+    """With one of two layers before it FastV keeps more than a tenth; what fails for other reasons stops the grid."""
+    given = ["--benchmarks", "textvqa", "gqa", "--limit", 2, "--methods", "fastv(layer=1)", "uniform"]
+    code, out, err = run(tmp_path, *given, "--ratios", 0.75, 0.1)
+    assert (code, out) == (0, "")
+    left = [line for line in err.splitlines() if "left out" in line]
+    assert [line.split()[:3] for line in left] == [[name, "fastv(layer=1)", "0.10"] for name in ("textvqa", "gqa")]
+    assert all("more than 10.00%" in line for line in left)
+    found = table.compare(table.collect(tmp_path, data, str(checkpoint)))
+    assert list(found) == [("none", 1.0), ("fastv(layer=1)", 0.75), ("uniform", 0.75), ("uniform", 0.1)]
+    code, _, err = run(tmp_path / "other", *given[:-2], "fastv(layer=9)", "--ratios", 0.75)
+    assert code == 2
+    assert "choose an earlier one" in err.splitlines()[-1]
+
+
 def test_all_ten_by_default(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(answer, "run", lambda args: asked.append(args) or {"questions": 0, "seconds": 0.0})

@@ -8,19 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-)
-from transformers import LlavaNextImageProcessorPil as HFProcessor
+from transformers import CLIPImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from llava.anyres import AnyResGrid, choose_grid
 from llava.compress import get
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.efficiency.transformers_next import around, processor
 from llava.mm_utils import process_images
 from llava.model.miniature import GRIDS, SIDE, TILE
 from tests.conftest import Loaded, picture
@@ -29,48 +23,12 @@ PINPOINTS = [[TILE * cols, TILE * rows] for cols, rows in GRIDS]
 PUBLISHED = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 # HF marks image tokens by an id of the vocabulary: one that no prompt here uses.
 PLACEHOLDER = 3
-NAMES = {
-    "model.vision_tower.vision_tower.": "model.vision_tower.",
-    "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",
-    "model.mm_projector.2.": "model.multi_modal_projector.linear_2.",
-    "model.image_newline": "model.image_newline",
-    "lm_head.": "lm_head.",
-    "model.": "model.language_model.",
-}
-
-
-def hf_name(name: str) -> str:
-    prefix = next(prefix for prefix in NAMES if name.startswith(prefix))
-    return NAMES[prefix] + name.removeprefix(prefix)
-
-
-def hf_processor(pinpoints: list[list[int]], tile: int = TILE) -> HFProcessor:
-    return HFProcessor(
-        size={"shortest_edge": tile}, crop_size={"height": tile, "width": tile}, image_grid_pinpoints=pinpoints
-    )
 
 
 @pytest.fixture(scope="module")
 def make_hf(loaded: Callable[..., Loaded]) -> Callable[[list[list[int]]], Any]:
     """Build transformers' model around the miniature's weights; it reads pinpoints as (H, W)."""
-    model = loaded().model
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    same += ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "rope_parameters")
-
-    def make(pinpoints: list[list[int]]) -> Any:
-        config = LlavaNextConfig(
-            vision_config=CLIPVisionConfig(**model.config.mm_vision_config),
-            text_config=LlamaConfig(**{key: getattr(model.config, key) for key in same}),
-            image_token_index=PLACEHOLDER,
-            image_grid_pinpoints=pinpoints,
-            vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
-        )
-        hf = LlavaNextForConditionalGeneration(config).eval()
-        hf.load_state_dict({hf_name(name): tensor for name, tensor in model.state_dict().items()}, strict=True)
-        return hf
-
-    return make
+    return lambda pinpoints: around(loaded().model, PLACEHOLDER, pinpoints)
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +58,14 @@ def our_ids(before: Tensor, after: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compare(ours: Loaded, hf: Any, processor: HFProcessor, size: tuple[int, int], seed: int = 0) -> tuple[float, bool]:
+def compare(ours: Loaded, hf: Any, theirs: Any, size: tuple[int, int], seed: int = 0) -> tuple[float, bool]:
     """Send one image through both, end to end: greatest difference of logits, and whether the pixels are equal.
 
     Neither the pixels nor the number of tokens is handed over: HF refuses a number of placeholders it does not expect.
     """
     image = picture(*size)
     pixels = process_images([image], ours.processor, ours.model.config)
-    batch = processor([image], return_tensors="pt")
+    batch = theirs([image], return_tensors="pt")
     assert batch["image_sizes"].tolist() == [[size[1], size[0]]]
     before, after = prompt(seed)
     logits = ours.model(input_ids=our_ids(before, after)[None], images=pixels, image_sizes=[size]).logits
@@ -146,9 +104,9 @@ def test_there_are_sizes_enough() -> None:
 
 @pytest.mark.parametrize("chunk", range(len(CHUNKS)))
 def test_logits_equal_transformers(ours: Loaded, hf: Any, chunk: int) -> None:
-    processor = hf_processor(PINPOINTS)
+    theirs = processor(TILE, PINPOINTS)
     for number, size in enumerate(CHUNKS[chunk]):
-        difference, same_pixels = compare(ours, hf, processor, size, seed=number)
+        difference, same_pixels = compare(ours, hf, theirs, size, seed=number)
         assert same_pixels, size
         assert difference <= 1e-4, size
 
@@ -196,7 +154,7 @@ def test_tied_images_agree_once_pinpoints_are_transposed(
     ours: Loaded, make_hf: Callable[..., Any], size: tuple[int, int]
 ) -> None:
     transposed = [pinpoint[::-1] for pinpoint in PINPOINTS]
-    difference, same_pixels = compare(ours, make_hf(transposed), hf_processor(transposed), size)
+    difference, same_pixels = compare(ours, make_hf(transposed), processor(TILE, transposed), size)
     assert same_pixels
     assert difference <= 1e-4
 
@@ -228,11 +186,11 @@ ROUNDED = [(w, h) for w in range(TILE + 1, 300) for h in range(20, 300) if not r
 def test_rounded_images_agree_once_the_rule_is_transformers(
     ours: Loaded, hf: Any, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
 ) -> None:
-    processor = hf_processor(PINPOINTS)
+    theirs = processor(TILE, PINPOINTS)
     with pytest.raises(ValueError, match="tokens"):  # HF expects another number of placeholders
-        compare(ours, hf, processor, size)
+        compare(ours, hf, theirs, size)
     monkeypatch.setattr("llava.model.views.AnyResGrid", lambda **fields: AnyResGrid(rule="hf", **fields))
-    difference, same_pixels = compare(ours, hf, processor, size)
+    difference, same_pixels = compare(ours, hf, theirs, size)
     assert same_pixels  # the pixels never differ by rounding
     assert difference <= 1e-4
 
@@ -261,7 +219,7 @@ def test_pixels_at_the_published_scale(size: tuple[int, int]) -> None:
     own = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     image = picture(*size)
     views = process_images([image], own, SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=PUBLISHED))
-    assert torch.equal(views, hf_processor(PUBLISHED, 336)([image], return_tensors="pt")["pixel_values"])
+    assert torch.equal(views, processor(336, PUBLISHED)([image], return_tensors="pt")["pixel_values"])
 
 
 # --- greedy search ---
@@ -292,7 +250,7 @@ def answers(ours: Loaded, hf: Any, sizes: list[tuple[int, int]], rows: slice) ->
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
     pixels = process_images(images, ours.processor, ours.model.config)
     got = ours.model.generate(ids, images=pixels, image_sizes=sizes[rows], attention_mask=mask, **settings)
-    batch = hf_processor(PINPOINTS)(images, return_tensors="pt")
+    batch = processor(TILE, PINPOINTS)(images, return_tensors="pt")
     expected = hf.generate(input_ids=wanted, attention_mask=wanted_mask, **batch, **settings)
     return got, expected[:, wanted.shape[1] :]
 

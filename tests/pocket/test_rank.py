@@ -132,6 +132,24 @@ def test_the_table_puts_the_best_first(answer: Any, data: Path) -> None:
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_methods_that_reach_less_stand_behind_and_those_without_a_ratio_apart(answer: Any, data: Path) -> None:
+    answer("none()", lambda scene: True)
+    answer("thumbnail_only()", lambda scene: scene % 2 == 0)
+    answer("fastv(retention_ratio=0.5)", lambda scene: True)
+    for ratio in (0.5, 0.25):
+        root = answer(f"globalcom2(retention_ratio={ratio})", lambda scene: scene % 3 != 0)
+    head, _, *lines = as_markdown(found_in(root, data), "globalcom2").splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, *lines)]
+    assert cells[0] == ["", "R = 0.5", "− globalcom2", "R = 0.25", "− globalcom2"]
+    assert [row[0] for row in cells[1:]] == ["none, R = 1", "thumbnail_only, its own R", "`globalcom2`", "`fastv`"]
+    apart, fastv = cells[2], cells[4]
+    assert apart[1].startswith("5")
+    assert apart[3] == ""
+    assert apart[2] == apart[4] != ""  # globalcom2 answers the same at both ratios
+    assert fastv[2].startswith("+")
+    assert fastv[3:] == ["–", ""]
+
+
 def test_what_is_not_there_is_said(answer: Any, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     root = answer("none()", lambda scene: True, ("gqa", "pope"))
     with pytest.raises(InputError, match="all ten tasks"):

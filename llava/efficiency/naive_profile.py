@@ -1,0 +1,166 @@
+"""Stage by stage, the naive arrangement and ours in turns: `python -m llava.efficiency.measure --profile-naive`.
+
+Both must come to the same before they are timed: the same pixels, the same features and scores but for rounding, and
+under the profile `released` the same patches in the same places.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llava.compress import get
+from llava.compress.attach import attach
+from llava.compress.base import Compressor, Views
+from llava.compress.pack import pack
+from llava.constants import InputError
+from llava.efficiency import naive
+from llava.efficiency.bench import Spread, alternate, peak_bytes, table, timed
+from llava.efficiency.launches import Launches
+from llava.mm_utils import process_images
+from llava.model.views import view_images
+
+CHEAP = 5
+"""How many times as often stages are run that take little time."""
+Arrangements = dict[str, Callable[[], Any]]
+
+
+def encode(model: Any, pixels: Tensor, image_size: tuple[int, int], method: Compressor) -> Views:
+    """Run the tower as the model does, for one image `[V, 3, S, S]`."""
+    tower = model.get_vision_tower()
+    views, grids, layout = view_images([pixels], [image_size], model.config, tower)
+    with attach(tower=tower.vision_tower, method=method, depth=tower.depth, grids=grids, layout=layout) as session:
+        hidden = tower.hidden(torch.cat(views))
+        session.finish(tower.depth, hidden)
+    return session.views(hidden, grids, layout)[0]
+
+
+def measure(
+    model: Any, processor: Any, image: Image.Image, ratios: Sequence[float], repeats: int
+) -> list[dict[str, Any]]:
+    """Return a row for every stage, and for selection and projector at every ratio below 1.
+
+    Args:
+        model: a LLaVA-NeXT; its language model is not run.
+        processor: CLIP's preprocessing.
+        image: the picture.
+        ratios: R.
+        repeats: how often the tower is run; cheaper stages are run more often.
+
+    Raises:
+        InputError: the model makes a single view of an image, where the naive arrangement selects nothing.
+        RuntimeError: the two arrangements do not come to the same.
+    """
+    pinpoints, tower = model.config.image_grid_pinpoints, model.get_vision_tower()
+    if model.config.mm_patch_merge_type != "spatial_unpad" or not pinpoints:
+        raise InputError(
+            "--profile-naive compares arrangements of LLaVA-NeXT; this model does not cut images into crops"
+        )
+    device, config = tower.device, model.config
+    released = get("globalcom2(profile='released')")
+    rows = []
+
+    def row(name: str, arrangements: Arrangements, times: int = CHEAP) -> None:
+        rows.append({"stage": name} | _compare(arrangements, repeats * times, device))
+
+    def ours() -> Tensor:
+        return process_images([image], processor, config)[0]
+
+    pixels = ours()
+    _agree("pixels", torch.equal(naive.preprocess(image, processor, pinpoints), pixels))
+    row("preprocessing", {"naive": partial(naive.preprocess, image, processor, pinpoints), "ours": ours})
+
+    pixels = pixels.to(device, tower.dtype)
+    views = encode(model, pixels, image.size, released)
+    features, scores = naive.encode(tower, pixels)
+    _agree("features", torch.allclose(features, views.features, rtol=0.05, atol=0.1 * float(features.std())))
+    own = views.cls_logits[-1][:, :, 1:].mean(1)
+    _agree("scores", torch.allclose(scores.float(), own, rtol=0.05, atol=0.1 * float(own.std())))
+    run = partial(encode, model, pixels, image.size, released)
+    row("tower", {"naive": partial(naive.encode, tower, pixels), "ours": run}, times=1)
+
+    inner, newline = model.get_model(), model.get_model().image_newline
+    everything = inner.mm_projector(views.features)  # [V, N, D]
+    for ratio in ratios:
+        if ratio == 1:
+            continue
+        chosen = {profile: get(f"globalcom2(profile='{profile}')", retention_ratio=ratio) for profile in PROFILES}
+        selection = chosen["released"].select(views)
+        sequence, kept = naive.compress(everything, own, views.grid, ratio, newline)
+        order = [o[:count].tolist() for o, count in zip(selection.order, selection.count.tolist(), strict=True)]
+        _agree("kept patches", order[0] == kept[0] and [*map(sorted, order[1:])] == kept[1:])
+        _agree("sequence", len(sequence) == len(pack(views, selection, inner.mm_projector, newline).origin))
+        mark = newline[: views.features.shape[-1]]
+        select = {profile: partial(_select, views, method, mark) for profile, method in chosen.items()}
+        way = partial(naive.compress, everything, own, views.grid, ratio, newline)
+        row(
+            f"selection, R = {ratio:g}",
+            {"naive": way, "ours": select["corrected"], "ours, released": select["released"]},
+        )
+        patches = views.features.flatten(0, 1)[: chosen["corrected"].plan(views.grid).at_least]
+        everywhere = partial(inner.mm_projector, views.features)
+        row(f"projector, R = {ratio:g}", {"naive": everywhere, "ours": partial(inner.mm_projector, patches)})
+    return rows
+
+
+PROFILES = ("corrected", "released")
+
+
+def _select(views: Views, method: Compressor, newline: Tensor) -> Tensor:
+    """Select and lay out at the tower's width, as nothing but what is kept is projected."""
+    return pack(views, method.select(views), torch.nn.Identity(), newline).features
+
+
+def _agree(what: str, same: bool) -> None:
+    if not same:
+        raise RuntimeError(f"the naive arrangement and ours differ in their {what}: their times say nothing")
+
+
+def _compare(arrangements: Arrangements, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Time arrangements in turns; and, once more each, count what they hold, launch and read."""
+    names = list(arrangements)
+
+    def clocked(block: Callable[[], Any]) -> Callable[[], dict[str, float]]:
+        return lambda: {"seconds": timed(block, device)[1]}
+
+    taken = alternate([clocked(arrangements[name]) for name in names], repeats)
+    found = {}
+    for name, times in zip(names, taken, strict=True):
+        with Launches(device) as count:
+            arrangements[name]()
+        found[name] = {
+            "seconds": asdict(Spread.of([one["seconds"] for one in times])),
+            "peak_bytes": peak_bytes(arrangements[name], device),
+            "launches": count.launches,
+            "reads": count.reads,
+        }
+    return found
+
+
+def text(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay the rows out, times in ms."""
+    lines: list[tuple[str, ...]] = [
+        ("stage", "arrangement", "ms [quartiles]", "naive ÷ it", "peak MiB", "launches", "reads")
+    ]
+    for row in rows:
+        first = row["naive"]["seconds"]["median"]
+        for name, one in row.items():
+            if name == "stage":
+                continue
+            low, mid, high = (1e3 * one["seconds"][key] for key in ("low", "median", "high"))
+            lines.append(
+                (
+                    row["stage"],
+                    name,
+                    f"{mid:.2f} [{low:.2f}, {high:.2f}]",
+                    f"{first / one['seconds']['median']:.2f}",
+                    f"{one['peak_bytes'] / 2**20:.1f}",
+                    str(one["launches"]),
+                    str(one["reads"]),
+                )
+            )
+    return table(lines)
