@@ -155,18 +155,21 @@ class AnyResGrid:
         return self.patches_per_view + sum(self.crop_patches(unpad))
 
     def valid(self, unpad: bool = True, device: torch.device | str | None = None) -> Tensor:
-        """Tell which patches show the image and not padding: bool `[V, N]`, thumbnail first."""
-        thumbnail = torch.ones(1, self.patches_per_view, dtype=torch.bool, device=device)
-        if not self.crops:
-            return thumbnail
+        """Tell which patches show the image and not padding: bool `[V, N]`, thumbnail first.
+
+        It is made on the host, which is what None means, and reaches the device in one copy, without waiting.
+        """
         left, top, right, bottom = self.box if unpad else (0, 0, *self.canvas)
-        x = torch.arange(self.canvas[0], device=device)
-        y = torch.arange(self.canvas[1], device=device)
-        inside = ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))  # [canvas height, canvas width]
-        return torch.cat((thumbnail, self.split(inside)))
+        canvas = torch.zeros(self.canvas[::-1], dtype=torch.bool, device="cpu")
+        canvas[top:bottom, left:right] = True
+        valid = torch.cat((canvas.new_ones(1, self.patches_per_view), self.split(canvas)))
+        return valid if device is None else valid.to(device, non_blocking=True)
+
+    def tiles(self, canvas: Tensor) -> Tensor:
+        """Look at a map on the canvas `[height, width]` as those of its crops: a view `[rows, cols, S, S]`."""
+        cols, rows = self.crops or (0, 0)
+        return canvas.reshape(rows, self.side, cols, self.side).transpose(1, 2)
 
     def split(self, canvas: Tensor) -> Tensor:
         """Cut a map on the canvas `[height, width]` into its crops: `[n, N]`, row-major."""
-        cols, rows = self.crops or (0, 0)
-        tiles = canvas.reshape(rows, self.side, cols, self.side).transpose(1, 2)  # [rows, cols, S, S]
-        return tiles.reshape(rows * cols, self.patches_per_view)
+        return self.tiles(canvas).reshape(self.n_crops, self.patches_per_view)

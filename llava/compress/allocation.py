@@ -36,12 +36,19 @@ def crop_importance(
     Returns:
         `[n]` in float64, row-major.
     """
+    side = isqrt(scores.numel())
+    if allocation == "topk_count":
+        scores = torch.zeros_like(scores).index_fill(0, top_indices(scores)[:kept], 1.0)
+    elif allocation == "uniform":
+        scores = torch.zeros_like(scores)
+    if side % cols == side % rows == 0:  # as with every published checkpoint: the map cut evenly, nothing to mask
+        tiles = scores.view(rows, side // rows, cols, side // cols)
+        worth = tiles.amax((1, 3)).double() if allocation == "softmax_max" else tiles.sum((1, 3), dtype=torch.float64)
+        return worth.flatten()
     member = _regions(scores, cols, rows)
     if allocation == "softmax_max":
         return torch.where(member, scores.double(), -torch.inf).amax(1)
-    if allocation == "topk_count":
-        return member[:, top_indices(scores)[:kept]].sum(1).double()
-    return (member * (scores.double() if allocation == "softmax_sum" else 0.0)).sum(1).double()
+    return (member * scores.double()).sum(1)
 
 
 def crop_ratios(importance: Tensor, ratio: float, temperature: float, allocation: str = "softmax_sum") -> Tensor:
@@ -55,3 +62,13 @@ def crop_ratios(importance: Tensor, ratio: float, temperature: float, allocation
         weight = torch.exp((importance - importance.max()) / temperature)
         share = weight / (weight.sum() + 1e-8)
     return ratio * (1 + share - share.mean())
+
+
+def crop_weights(importance: Tensor, temperature: float, allocation: str = "softmax_sum") -> Tensor:
+    """Turn the crops' importance `[n]` into weights `[n]` to share a total out by, from 1 - 1/n to 2 - 1/n.
+
+    They are `crop_ratios` ÷ R, as only their proportions matter then, without the 1e-8 of eq. 4, which would change
+    them by as little; the mean of σ is 1/n.
+    """
+    share = importance / importance.sum() if allocation == "topk_count" else (importance / temperature).softmax(0)
+    return share + (1 - 1 / len(importance))

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from llava.anyres import AnyResGrid
-from llava.compress.stages import LayerTokens, Reduction
-from llava.compress.tokens import budget, fill_shares, round_shares, top_indices
+from llava.compress.stages import LayerSizes, LayerTokens, Product, Reduction
+from llava.compress.tokens import apportion, budget, fill_shares, top_indices
 from llava.constants import InputError
 
 if TYPE_CHECKING:
-    from llava.compress.encoding import EncoderTokens, Merging
+    from llava.compress.encoding import EncoderSizes, EncoderTokens, Merging
 
 RATIO_VARIABLE = "LLAVA_RETENTION_RATIO"
 PROFILES = ("corrected", "released", "paper")
@@ -243,6 +243,13 @@ class Compressor:
         """Choose the tokens of every image of a call, each on its own."""
         return [self.select(views) for views in batch]
 
+    def select_products(self, grid: AnyResGrid, layout: Layout, width: int, heads: int) -> tuple[Product, ...]:
+        """Return the matrix products of `select` on features of `width`, given attention of so many heads.
+
+        Like the other two accounts, it follows from sizes alone and leaves out what is computed element by element.
+        """
+        return ()
+
     def encoder_points(self, depth: int) -> tuple[int, ...]:
         """Layers of the encoder in which `reduce_in_encoder` is asked, ascending; `depth` of its layers run."""
         return ()
@@ -250,6 +257,10 @@ class Compressor:
     def reduce_in_encoder(self, tokens: "EncoderTokens") -> "Merging":
         """Merge tokens of all views of a call, between attention and MLP of a layer."""
         raise NotImplementedError(f"{self.name} has no encoder_points")
+
+    def encoder_products(self, sizes: "EncoderSizes") -> tuple[Product, ...]:
+        """Return the matrix products of `reduce_in_encoder`, run unfused."""
+        return ()
 
     def patches_per_layer(self, grid: AnyResGrid, layout: Layout, depth: int) -> tuple[tuple[int, ...], ...]:
         """Return the patches of every view that enter each layer of the encoder; one entry more, the features.
@@ -272,6 +283,10 @@ class Compressor:
         """Choose what goes on from `tokens.layer`, and how; must keep all text. Reads nothing from the device."""
         raise NotImplementedError(f"{self.name} has no llm_points")
 
+    def llm_products(self, sizes: LayerSizes) -> tuple[Product, ...]:
+        """Return the matrix products of `reduce_in_llm`, rows of attention that it asks for included."""
+        return ()
+
     def visual_per_layer(self, n_visual: int, depth: int) -> tuple[int, ...]:
         """Return the image tokens, newlines included, that every layer of the language model will run on.
 
@@ -283,6 +298,10 @@ class Compressor:
             InputError: the method cannot meet its ratio in a model of that depth.
         """
         return (n_visual,) * depth
+
+    def visual_left(self, n_visual: int, depth: int) -> int:
+        """Return how many of them leave the last layer, in whose middle some may go."""
+        return self.visual_per_layer(n_visual, depth)[-1]
 
     def __str__(self) -> str:
         """The method in call syntax, with the fields that differ from their defaults; `get` reads it back."""
@@ -316,4 +335,4 @@ def uniform_counts(ratio: float, grid: AnyResGrid, unpad: bool = True) -> tuple[
     thumbnail, total = split_budget(ratio, grid, unpad)
     sizes = torch.tensor(grid.crop_patches(unpad), dtype=torch.float64)
     shares = fill_shares(torch.ones_like(sizes), sizes, total)
-    return thumbnail, *round_shares(shares, sizes, total).tolist()
+    return thumbnail, *apportion(shares, total).tolist()

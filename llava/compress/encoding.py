@@ -10,7 +10,7 @@ from torch import Tensor
 from llava.anyres import AnyResGrid
 from llava.compress.base import Compressor, Layout, Plan, Selection, Views, exact_plan, uniform_counts
 from llava.compress.tokens import top_indices
-from llava.constants import InputError
+from llava.constants import InputError, OutOfReach
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,38 @@ class EncoderTokens:
     def gives(self) -> Tensor:
         """`[V, 1]`: the patches that every view has to give up."""
         return column(self.before, self.ids) - column(self.after, self.ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSizes:
+    """The sizes of `EncoderTokens`, of which follows what a method multiplies there."""
+
+    layer: int
+    depth: int
+    """Layers of the encoder that run."""
+    before: tuple[int, ...]
+    """Patches that every view of the call has now."""
+    after: tuple[int, ...]
+    """Patches that every view is to have."""
+    width: int
+    """C."""
+    heads: int
+    """H."""
+
+    @property
+    def views(self) -> int:
+        """V."""
+        return len(self.before)
+
+    @property
+    def slots(self) -> int:
+        """N', empty ones included; as a thumbnail has no padding, also at the first point."""
+        return max(self.before)
+
+    @property
+    def most(self) -> int:
+        """The most patches that any view has to give up."""
+        return max(before - after for before, after in zip(self.before, self.after, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +171,7 @@ class InEncoder(Compressor):
         """Patches of a view after every point, on the way from n to k.
 
         Raises:
-            InputError: k cannot be reached.
+            OutOfReach: there are too few layers.
         """
 
         def path(r: int) -> list[int]:
@@ -152,7 +184,7 @@ class InEncoder(Compressor):
         if self.r is not None or least == k + 1:  # one too many is dropped by `select`
             return path(self.r or n)
         if least > k:
-            raise InputError(
+            raise OutOfReach(
                 f"{self.name} cannot bring {n} patches down to {k} (retention_ratio {self.ratio:g}) in {len(points)} "
                 f"layers; ask for at least {least / n:.3g}, or let it begin before layer {points[0]} "
                 f"({self._first(points[-1] + 1)[1]})"

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from llava.compress.base import Compressor
-from llava.compress.stages import BUDGETS, PAD, PAPER_TOKENS, LayerTokens, Reduction
+from llava.compress.stages import BUDGETS, PAD, PAPER_TOKENS, LayerSizes, LayerTokens, Product, Reduction
 from llava.compress.tokens import top_indices
-from llava.constants import InputError
+from llava.constants import InputError, OutOfReach
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class FastV(Compressor):
             return (n_visual,) * layer + (min(n_visual, round(ratio * self.full)),) * (depth - layer)
         after = ratio if self.budget == "after" else (ratio * depth - layer) / (depth - layer)
         if after < 0:
-            raise InputError(
+            raise OutOfReach(
                 f"fastv with layer={layer} of {depth} keeps {layer / depth:.2%} of the image tokens on average even if "
                 f"it drops all of them; ask for more than {ratio:.2%}, lower layer, or take budget='after'"
             )
@@ -78,3 +78,7 @@ class FastV(Compressor):
         count = torch.tensor(kept, device=scores.device)[:, None]
         chosen = torch.zeros_like(ranked).scatter(1, order, places < count)
         return Reduction(keep=chosen | ~ranked, n_visual=kept)
+
+    def llm_products(self, sizes: LayerSizes) -> tuple[Product, ...]:
+        """The last token's row."""
+        return (sizes.attention(1),)

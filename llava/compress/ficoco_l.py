@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from llava.compress.base import Compressor
-from llava.compress.merge import merge_into, n_targets, target_weights
-from llava.compress.stages import BUDGETS, TEXT, LayerTokens, Reduction, places_of
+from llava.compress.merge import merge_into, merge_product, n_targets, target_weights
+from llava.compress.stages import BUDGETS, TEXT, LayerSizes, LayerTokens, Product, Reduction, places_of
 from llava.compress.tokens import top_indices
-from llava.constants import InputError
+from llava.constants import InputError, OutOfReach
 
 CHUNK = 128
 """Rows of softmax attention held at once."""
@@ -88,6 +88,14 @@ class _Logits:
         q, k = self.q[row], self.k[row]
         return q[sources] @ k[targets].T, q[sources] @ k[text].T, q[text] @ k[targets].T
 
+    @staticmethod
+    def products(sizes: LayerSizes, sources: int, targets: int, text: int) -> tuple[Product, ...]:
+        """What both multiply."""
+        n, q = sizes.tokens, sizes.heads * sizes.head_width
+        means = (Product("mean keys", 1, n, q, 2), Product("means", n, q, 1, 2))
+        pairs = {"direct": (sources, targets), "out": (sources, text), "back": (text, targets)}
+        return (*means, *(Product(name, rows, q, columns) for name, (rows, columns) in pairs.items()))
+
 
 class _Softmax:
     """Head-mean causal attention of a layer, some rows at a time."""
@@ -116,6 +124,12 @@ class _Softmax:
         back = [self._rows(rows)[row] for rows in text.split(CHUNK)]
         seen = torch.cat(back) if back else direct[0].new_zeros(0, self.shape[1])
         return torch.cat(direct), seen[:, sources].T, seen[:, targets]
+
+    @staticmethod
+    def products(sizes: LayerSizes, sources: int, targets: int, text: int) -> tuple[Product, ...]:
+        """What both multiply."""
+        n = sizes.tokens
+        return (*(sizes.attention(rows) for rows in (n, sources, text)), Product("means", 1, n, n, 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +215,10 @@ class FiCoCoL(Compressor):
         first = self.control_encoding_layer + 1
         return tuple(n_visual - merged[min(max(layer - first, 0), len(merged) - 1)] for layer in range(depth))
 
+    def visual_left(self, n_visual: int, depth: int) -> int:
+        """What the last merging layer leaves."""
+        return n_visual - self._merged(n_visual, depth)[-1]
+
     def _merged(self, n: int, depth: int) -> list[int]:
         """Return how many of n tokens are gone behind 0, 1, … merging layers: as even a series as integers allow."""
         if not self.AT or not n:
@@ -231,7 +249,7 @@ class FiCoCoL(Compressor):
         weight = sum(min(max(layer - points[0], 0), len(points)) for layer in range(depth))
         lowest = 1 - most * weight / (n * depth)
         if ratio < lowest:
-            raise InputError(
+            raise OutOfReach(
                 f"ficoco_l merging in layers {points[0]} to {points[-1]} of {depth} keeps {lowest:.2%} of the image "
                 f"tokens on average even if it merges all into one; ask for more than {ratio:.2%}, lower "
                 "control_encoding_layer, merge early and at once with layers=1, or take budget='after'"
@@ -262,3 +280,15 @@ class FiCoCoL(Compressor):
             hidden[row, image] = merge_into(x, sources, targets[ids], weights, reading.normalise)
             keep[row, image[sources]] = False
         return Reduction(keep=keep, n_visual=after, hidden=hidden, positions=self.positions)
+
+    def llm_products(self, sizes: LayerSizes) -> tuple[Product, ...]:
+        """Every token's means over image and text, the correlation of what goes, and the merging."""
+        place = sizes.layer - self.control_encoding_layer - 1
+        before, after = (sizes.n_visual - gone for gone in self._merged(sizes.n_visual, sizes.depth)[place : place + 2])
+        sources, look = before - after, _Logits if READINGS[self.profile].logits else _Softmax
+        text = sizes.n_text if sources else 0  # nothing is correlated where nothing goes
+        return (
+            *look.products(sizes, sources, after, text),
+            Product("indirect", sources, text, after),
+            merge_product(before, sources, sizes.width),
+        )

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.compress.encoding import EncoderTokens, InEncoder, Merging, column
-from llava.compress.merge import merge_into, n_targets, target_weights
+from llava.compress.encoding import EncoderSizes, EncoderTokens, InEncoder, Merging, column
+from llava.compress.merge import merge_into, merge_product, n_targets, target_weights
+from llava.compress.stages import Product
 from llava.compress.tokens import top_indices, unit
 from llava.constants import InputError
 
@@ -93,6 +94,23 @@ class FiCoCoV(InEncoder):
         sources = order[:, : tokens.most]  # [V, S]
         hidden = self._compress(tokens, sources, goes[:, : tokens.most], left)
         return Merging(hidden=hidden, order=top_indices(left.float()))
+
+    def encoder_products(self, sizes: EncoderSizes) -> tuple[Product, ...]:
+        """Both terms of the redundancy, the correlation of what goes, and the merging."""
+        n, c, v, goes = sizes.slots, sizes.width, sizes.views, sizes.most
+        merge = merge_product(1 + n, goes, c, v)
+        if self.profile == "paper":
+            # Of the patches' attention all is computed, in one kernel where that is fused.
+            everything, heads, d = 1 + n, v * sizes.heads, c // sizes.heads
+            return (
+                Product("vision q·k", everything, d, everything, heads),
+                Product("vision scores·v", everything, everything, d, heads),
+                Product("semantic", 1, d, everything, heads),
+                Product("correlation", goes, d, everything, heads),
+                merge,
+            )
+        means = (Product(name, n, c, 1, v) for name in ("vision", "semantic"))
+        return (*means, Product("correlation", goes, c, n, v), merge)
 
     def _redundancy(self, tokens: EncoderTokens) -> Tensor:
         """How little would be lost with every patch: `[V, N']`."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from llava.compress import ficoco_l, ficoco_v
-from llava.compress.stages import LayerTokens, Reduction
+from llava.compress.stages import LayerSizes, LayerTokens, Product, Reduction
 from llava.constants import InputError
 
 
@@ -84,11 +84,19 @@ class FiCoCoVL(ficoco_v.FiCoCoV):
         try:
             return self._language.visual_per_layer(n_visual, depth)
         except InputError as error:
-            raise InputError(
+            raise type(error)(
                 f"{self.name} leaves a share of {self._language.ratio:.3g} to FiCoCo-L (fields control_language_layer, "
                 f"language_layers, r_language here; a larger vision_share leaves it less to do): {error}"
             ) from error
 
+    def visual_left(self, n_visual: int, depth: int) -> int:
+        """What FiCoCo-L leaves."""
+        return self._language.visual_left(n_visual, depth)
+
     def reduce_in_llm(self, tokens: LayerTokens) -> Reduction:
         """FiCoCo-L's step."""
         return self._language.reduce_in_llm(tokens)
+
+    def llm_products(self, sizes: LayerSizes) -> tuple[Product, ...]:
+        """FiCoCo-L's."""
+        return self._language.llm_products(sizes)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llava.anyres import AnyResGrid
 from llava.compress.base import Compressor, Layout, Plan, Selection, Taps, Views, exact_plan, split_budget
-from llava.compress.tokens import budget, fill_shares, round_shares, top_indices
+from llava.compress.tokens import apportion, budget, fill_shares, top_indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,4 +101,4 @@ class HiRED(Compressor):
         # Next to nothing instead of nothing, so that crops without a find take what the full ones leave.
         shares = fill_shares(found.double().clamp_min(1e-30) / sizes.clamp_min(1), sizes, total)
         # Fractions of small integers tie often; on a fixed grid they also tie in floating point.
-        return round_shares((shares * 2**20).round() / 2**20, sizes, total)
+        return apportion((shares * 2**20).round() / 2**20, total)

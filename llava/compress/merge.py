@@ -6,6 +6,8 @@ from math import ceil, floor
 import torch
 from torch import Tensor
 
+from llava.compress.stages import Product
+
 
 def n_targets(n: int, epsilon: Fraction | float, strict: bool = False) -> int:
     """Return how many of n tie-free values reach their own linearly interpolated ε-quantile.
@@ -65,3 +67,8 @@ def merge_into(x: Tensor, sources: Tensor, targets: Tensor, weights: Tensor, nor
     if normalise:
         merged = merged / (1 + share.sum(-2))[..., None]
     return merged.to(x.dtype)
+
+
+def merge_product(tokens: int, sources: int, width: int, times: int = 1) -> Product:
+    """Return the matrix product of `merge_into` for N tokens `[N, C]`, S of them sources, so many times."""
+    return Product("merge", tokens, sources, width, times)

@@ -5,34 +5,41 @@ follow from image size and ratio.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from llava.anyres import AnyResGrid
 from llava.compress.base import Selection, Views
 
 NEWLINE, EXTRA = -1, -2
 _NEVER = 1 << 62
 
 
-@dataclass(kw_only=True)
 class Packed:
     """The visual tokens of one image as the language model gets them."""
 
-    features: Tensor
-    """`[T, D]`, projected."""
-    origin: Tensor
-    """`[T]`: view · N + patch of every token; -1 for a newline, -2 for a token the method appended."""
-    patches: int
-    """Kept patches among the T tokens."""
-    newlines: int
-    """Newline tokens among the T tokens."""
+    def __init__(self, *, features: Tensor, origin: Tensor | Callable[[], Tensor], patches: int, newlines: int) -> None:
+        """Take the tokens; where they come from may be left to a function, which runs if anybody asks."""
+        self.features = features
+        """`[T, D]`, projected."""
+        self.patches = patches
+        """Kept patches among the T tokens."""
+        self.newlines = newlines
+        """Newline tokens among the T tokens."""
+        self._origin = origin
+
+    @property
+    def origin(self) -> Tensor:
+        """`[T]`: view · N + patch of every token; -1 for a newline, -2 for a token the method appended."""
+        if callable(self._origin):
+            self._origin = self._origin()
+        return self._origin
 
     @property
     def visual(self) -> int:
         """Tokens that show something: kept patches and what the method appended."""
-        return len(self.origin) - self.newlines
+        return len(self.features) - self.newlines
 
 
 def pack(
@@ -51,80 +58,77 @@ def pack(
     """
     features = views.features if selection.features is None else selection.features
     total = int(selection.count.sum()) if selection.total is None else selection.total
-    n, slots = views.grid.patches_per_view, features.shape[1]
-    place = _places(views, selection)  # [V, N]
-    key, index = place.masked_fill(~selection.kept, _NEVER).flatten().sort()
+    grid, ids = views.grid, views.ids
+    n, slots = grid.patches_per_view, features.shape[1]
+    line = _line(grid, selection.layout.placement == "flat").to(features.device, non_blocking=True)
+    table, ends = _table(views, selection, line[: grid.n_views * n].view(-1, n)), line[grid.n_views * n :]
+    place = table if ids is None else table.gather(1, ids)  # [V, N']
+    # The line begins with 0, 1, …, which are also the ranks.
+    dropped = torch.empty_like(selection.order, dtype=torch.bool)
+    dropped.scatter_(1, selection.order, line[:slots] >= selection.count[:, None])
+    key, index = torch.add(place, dropped, alpha=_NEVER).flatten().sort()
     key, index = key[:total], index[:total]  # [total] in sequence order, into the flattened slots
     chosen = features.flatten(0, 1)[index]  # [total, C]
-    patch = index if views.ids is None else (index // slots) * n + views.ids.flatten()[index]
 
-    keys, origins = [key], [patch]
-    if selection.extra is not None:
-        extra = selection.extra
+    keys, extra = [key], selection.extra
+    if extra is not None:
         chosen = torch.cat((chosen, extra.features.to(chosen.dtype)))
-        keys.append(_extra_places(views, _table(views, selection), extra.view, extra.anchor))
-        origins.append(torch.full_like(keys[-1], EXTRA))
+        keys.append(_extra_places(views, table, extra.view, extra.anchor))
     tokens = projector(chosen)  # [total + E, D]
-    rows = _newline_rows(views, selection) if newline is not None else key[:0]
+    ends = ends[:0] if newline is None else _newlines(views, selection, ends, key)
     if newline is not None:
-        tokens = torch.cat((tokens, newline.to(tokens).expand(len(rows), -1)))
-        keys.append(_row_end(views, rows))
-        origins.append(torch.full_like(rows, NEWLINE))
+        tokens = torch.cat((tokens, newline.to(tokens).expand(len(ends), -1)))
+        keys.append(ends)
     # Stable: an appended token shares its anchor's place and follows it.
     sequence = torch.cat(keys).argsort(stable=True)
-    return Packed(features=tokens[sequence], origin=torch.cat(origins)[sequence], patches=total, newlines=len(rows))
+
+    def origin() -> Tensor:
+        patch = index if ids is None else (index // slots) * n + ids.flatten()[index]
+        others = patch.new_full((len(sequence) - total,), EXTRA)
+        others[len(others) - len(ends) :] = NEWLINE
+        return torch.cat((patch, others))[sequence]
+
+    return Packed(features=tokens[sequence], origin=origin, patches=total, newlines=len(ends))
 
 
-def _table(views: Views, selection: Selection) -> Tensor:
-    """Sort key `[V, N]` of every patch: N thumbnail places and one behind, then canvas rows, each with a newline's."""
-    grid, layout = views.grid, selection.layout
-    n, side = grid.patches_per_view, grid.side
-    device = views.features.device
-    patch = torch.arange(n, device=device).expand(grid.n_views, -1)
-    thumbnail = patch[:1]
+def _line(grid: AnyResGrid, flat: bool) -> Tensor:
+    """Sort keys of every patch `[V · N]`, then of the newline behind every canvas row, or behind a single view.
+
+    Places are counted along the thumbnail, which has one behind it, and then along the canvas rows, each with its
+    newline's, or crop after crop if `flat`. All follows from sizes: it is made on the host, for one copy to the device.
+    """
+    n, (width, height) = grid.patches_per_view, grid.canvas
+    rows = max(1, height)
+    places = torch.arange(n + 1 + rows * (width + 1), device="cpu")
+    canvas = places[n + 1 :].view(rows, width + 1)
+    crops = places[n + 1 :][: n * grid.n_crops] if flat else grid.tiles(canvas[:, :-1]).flatten()
+    return torch.cat((places[:n], crops, canvas[:, -1]))
+
+
+def _table(views: Views, selection: Selection, table: Tensor) -> Tensor:
+    """Sort key `[V, N]` of every patch, given those that follow from sizes alone."""
+    layout, thumbnail, crops = selection.layout, table[:1], table[1:]
     if layout.thumbnail == "score":
         ranked = selection.order[:1] if views.ids is None else views.ids[:1].gather(1, selection.order[:1])
-        thumbnail = torch.full_like(thumbnail, n).scatter(1, ranked, patch[:1, : ranked.shape[1]])
-    if grid.crops is None:
-        return thumbnail
-    crop = torch.arange(grid.n_crops, device=device)[:, None]
-    if layout.placement == "flat":
-        return torch.cat((thumbnail, n + 1 + n * crop + patch[1:]))
-    within = patch[1:]
+        ranks = thumbnail[:, : ranked.shape[1]]
+        thumbnail = torch.full_like(thumbnail, thumbnail.shape[1]).scatter(1, ranked, ranks)
     if layout.placement == "released":
-        within = views.valid[1:].long().cumsum(1) - 1
-    cols = grid.crops[0]
-    x = crop % cols * side + within % side
-    y = crop // cols * side + within // side
-    return torch.cat((thumbnail, n + 1 + y * (grid.canvas[0] + 1) + x))
+        crops = crops.gather(1, (views.valid[1:].cumsum(1) - 1).clamp_min(0))
+    changed = layout.thumbnail == "score" or layout.placement == "released"
+    return torch.cat((thumbnail, crops)) if changed else table
 
 
-def _places(views: Views, selection: Selection) -> Tensor:
-    """Sort key `[V, N']` of every token: its patch's."""
-    table = _table(views, selection)
-    return table if views.ids is None else table.gather(1, views.ids)
-
-
-def _row_end(views: Views, rows: Tensor) -> Tensor:
-    """Sort keys of the newlines that close the given canvas rows."""
-    return views.grid.patches_per_view + 1 + rows * (views.grid.canvas[0] + 1) + views.grid.canvas[0]
-
-
-def _newline_rows(views: Views, selection: Selection) -> Tensor:
-    """Canvas rows that end in a newline token; a single view is closed by one."""
-    grid, policy, device = views.grid, selection.layout.newline, views.features.device
+def _newlines(views: Views, selection: Selection, ends: Tensor, key: Tensor) -> Tensor:
+    """Which of the canvas rows' `ends` become newlines, given the sort keys of what is kept; a single view has one."""
+    grid, policy = views.grid, selection.layout.newline
     if policy == "none":
-        return torch.arange(0, device=device)
-    if grid.crops is None:
-        return torch.arange(1, device=device)
-    rows = torch.arange(grid.canvas[1], device=device)
-    if policy == "canvas":
-        return rows
-    _, top, _, bottom = grid.box
+        return ends[:0]
+    if policy == "canvas" or grid.crops is None:
+        return ends
     if policy == "unpadded":
-        return rows[top:bottom]
-    occupied = (_places(views, selection)[1:][selection.kept[1:]] - grid.patches_per_view - 1) // (grid.canvas[0] + 1)
-    return rows[torch.isin(rows, occupied)]
+        return ends[grid.box[1] : grid.box[3]]
+    first, width = grid.patches_per_view + 1, grid.canvas[0] + 1
+    return ends[torch.isin((ends - first) // width, (key - first) // width)]
 
 
 def _extra_places(views: Views, table: Tensor, view: Tensor, anchor: Tensor) -> Tensor:

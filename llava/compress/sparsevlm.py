@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from llava.compress.base import Compressor
-from llava.compress.stages import BUDGETS, PAPER_TOKENS, TEXT, LayerTokens, Reduction, places_of
+from llava.compress.stages import BUDGETS, PAPER_TOKENS, TEXT, LayerSizes, LayerTokens, Product, Reduction, places_of
 from llava.compress.tokens import top_indices
-from llava.constants import InputError
+from llava.constants import InputError, OutOfReach
 
 PUBLISHED = {64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110)}
 """Tokens that the released lists keep of 576 at their three layers, by the mean count they are named after."""
@@ -146,9 +146,14 @@ class SparseVLM(Compressor):
         """Return the tokens before the first point and behind every point, clusters included."""
         counts = [n]
         for keep in kept:
-            left = min(keep, counts[-1])
-            counts.append(left + (recycled(counts[-1] - left)[1] if self.recycle else 0))
+            left, _, clusters = self._split(counts[-1], keep)
+            counts.append(left + clusters)
         return counts
+
+    def _split(self, n: int, keep: int) -> tuple[int, int, int]:
+        """Return how many of n tokens a point keeps, how many others live on, and in how many clusters."""
+        left = min(keep, n)
+        return left, *(recycled(n - left) if self.recycle else (0, 0))
 
     def _mean(self, n: int, kept: Sequence[int], depth: int) -> float:
         """Return the mean over layers, of what they run on, or of what they put out."""
@@ -179,7 +184,7 @@ class SparseVLM(Compressor):
         if abs(mean(scaled(target / n)) - target) <= CLOSE * n:
             return scaled(target / n)
         if (lowest := mean(scaled(low))) > target:
-            raise InputError(
+            raise OutOfReach(
                 f"sparsevlm behind layers {self.layers} of {depth} keeps {lowest / n:.2%} of the image tokens on "
                 f"average even if it drops all it can; ask for more than {target / n:.2%}, or take earlier layers, "
                 "recycle=False or budget='after'"
@@ -206,8 +211,7 @@ class SparseVLM(Compressor):
         places = torch.arange(keep.shape[1], device=keep.device)
         place = places.repeat(len(keep), 1) * (1 + len(places))  # room for clusters behind every token
         for row, count in enumerate(counts):
-            left = min(kept[row][point], count[point])
-            some, clusters = recycled(count[point] - left) if self.recycle else (0, 0)
+            left, some, clusters = self._split(count[point], kept[row][point])
             order = top_indices(scores[row], tokens.image[row])
             keep[row, order[:left]] = True
             if clusters:
@@ -223,6 +227,19 @@ class SparseVLM(Compressor):
             hidden=hidden,
             place=place if self.positions == "repack" else None,
             positions=self.positions,
+        )
+
+    def llm_products(self, sizes: LayerSizes) -> tuple[Product, ...]:
+        """At the first point the raters; everywhere the text's rows, their mean over the raters, and the clusters."""
+        point = self.layers.index(sizes.layer)
+        kept = self._kept(sizes.n_visual, sizes.depth)
+        n = self._counts(sizes.n_visual, kept)[point]
+        _, some, clusters = self._split(n, kept[point])
+        return (
+            Product("raters", n * (point == 0), sizes.width, sizes.n_text),
+            sizes.attention(sizes.n_text),
+            Product("scores", 1, sizes.n_text, sizes.tokens),
+            Product("clusters", clusters, some, sizes.width),
         )
 
     def _clusters(self, x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a method sees, and may do, between the layers of a model it is at work in: plain tensors, no modules."""
+"""What a method sees, does and costs between the layers of a model it is at work in: plain tensors, no modules."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +18,47 @@ PAPER_TOKENS = 2880
 def places_of(chosen: Tensor, count: int) -> Tensor:
     """Return where the first `count` true entries of `chosen [..., L]` stand, in order; nothing is read back."""
     return (~chosen).long().argsort(dim=-1, stable=True)[..., :count]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product that a method runs itself, in float32: `times` times `[rows, inner] @ [inner, columns]`."""
+
+    name: str
+    rows: int
+    inner: int
+    columns: int
+    times: int = 1
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of all of them."""
+        return self.times * self.rows * self.inner * self.columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSizes:
+    """The sizes of `LayerTokens` of one prompt alone, of which follows what a method multiplies there."""
+
+    layer: int
+    depth: int
+    """Layers of the language model."""
+    tokens: int
+    """L, with which the layer began."""
+    n_visual: int
+    """Image tokens, newlines included, that entered the language model."""
+    n_text: int
+    """TEXT tokens."""
+    width: int
+    """D."""
+    heads: int
+    """H, of the queries."""
+    head_width: int
+    """d."""
+
+    def attention(self, rows: int) -> Product:
+        """Return what `LayerTokens.attention` multiplies for so many rows."""
+        return Product("rows", rows, self.head_width, self.tokens, self.heads)
 
 
 def _unoffered() -> tuple[Tensor, Tensor]:

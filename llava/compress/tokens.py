@@ -24,9 +24,9 @@ def top_indices(scores: Tensor, valid: Tensor | None = None) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 
-def unit(scores: Tensor, valid: Tensor) -> Tensor:
-    """Scale scores `[..., N]` to unit L2 norm over the valid entries; the others become 0."""
-    return torch.nn.functional.normalize(scores * valid, dim=-1)
+def unit(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Scale scores `[..., N]` to unit L2 norm over the valid entries (None: all); the others become 0."""
+    return torch.nn.functional.normalize(scores if valid is None else scores * valid, dim=-1)
 
 
 def fill_shares(weights: Tensor, capacity: Tensor, total: int) -> Tensor:
@@ -43,23 +43,24 @@ def fill_shares(weights: Tensor, capacity: Tensor, total: int) -> Tensor:
     Returns:
         Shares `[n]`, float64, with 0 ≤ share ≤ capacity.
     """
-    level = torch.zeros_like(weights)
-    full = torch.zeros_like(weights, dtype=torch.bool)
-    for _ in range(len(weights)):  # every pass fills at least one more, so n passes reach the fixed point
-        rest = total - (capacity * full).sum()
-        level = weights * (rest / (weights * capacity * ~full).sum().clamp_min(1e-300))
-        full = full | (level >= 1)
-    return torch.where(full, capacity, level * capacity)
+    if not len(weights):
+        return weights
+    # The water level is the part of its capacity that weight 1 gets: Σ capacity · min(weight · level, 1) = total. To
+    # count any set as full raises that sum, hence lowers the level found; the set that is full finds it. It holds the
+    # heaviest, so that the sets of those heavier than each in turn are enough.
+    full = (weights > weights[:, None]) * capacity  # [n, n]
+    rest, room = total - full.sum(1), (capacity - full) @ weights  # tiny weights are never lost beside a full one
+    level = (rest / room.clamp_min(1e-300)).amax()
+    return (weights * level).clamp_max(1) * capacity
 
 
-def round_shares(shares: Tensor, capacity: Tensor, total: int) -> Tensor:
+def apportion(shares: Tensor, total: int) -> Tensor:
     """Round shares `[n]` to integers that sum to `total`, by largest remainder (ties: lower index first).
 
-    The shares must come from `fill_shares` with the same capacity and total. Each comes out less than one away from
-    its share; where shares ÷ capacity are in some order, so are the counts of equal capacity, while between unequal
-    capacities counts ÷ capacity may be off that order by the rounding.
+    The shares must sum to `total` but for float noise, as those of `fill_shares` do. Each comes out less than one away
+    from its share, a full one as it is. Where shares ÷ capacity are in some order, so are the counts of equal
+    capacity, while between unequal capacities counts ÷ capacity may be off that order by the rounding.
     """
-    floors = shares.floor()
-    remainder = torch.where(floors < capacity, shares - floors, -1.0)
-    rank = top_indices(remainder).argsort()
-    return (floors + (rank < total - floors.sum())).long()
+    floors = shares.long()
+    rank = top_indices(shares.frac()).argsort()
+    return floors + (rank < total - floors.sum())

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.compress.encoding import EncoderTokens, InEncoder, Merging
-from llava.compress.merge import merge_into
+from llava.compress.encoding import EncoderSizes, EncoderTokens, InEncoder, Merging
+from llava.compress.merge import merge_into, merge_product
+from llava.compress.stages import Product
 from llava.compress.tokens import top_indices
 
 
@@ -58,6 +59,14 @@ class ToMe(InEncoder):
             order=even_before_odd(left) - 1,
             sizes=tokens.sizes.scatter_add(1, partners, moved),
             proportional=self.proportional,
+        )
+
+    def encoder_products(self, sizes: EncoderSizes) -> tuple[Product, ...]:
+        """Likeness of even to odd places, heads averaged, and the merging."""
+        tokens, v = 1 + sizes.slots, sizes.views
+        return (
+            Product("likeness", tokens - tokens // 2, sizes.width // sizes.heads, tokens // 2, v),
+            merge_product(tokens, sizes.most, sizes.width, v),
         )
 
 

@@ -88,6 +88,8 @@ class Trace:
     images: list[ImageTrace] = field(default_factory=list)
     sequence_lengths: list[int] = field(default_factory=list)
     """Tokens entering the language model, per row of the batch, padding not counted."""
+    n_text: list[int] = field(default_factory=list)
+    """Text tokens behind the first image, per row: what methods take for the question. All of a row without images."""
     visual_per_layer: list[tuple[int, ...]] = field(default_factory=list)
     """Per row of the batch, the image tokens, newlines included, that every layer of the language model ran on."""
     spans: list[tuple[str, "Moment", "Moment"]] = field(default_factory=list, repr=False)

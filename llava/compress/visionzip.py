@@ -19,6 +19,7 @@ from llava.compress.base import (
     nearest_count,
     uniform_counts,
 )
+from llava.compress.stages import Product
 from llava.compress.tokens import budget, top_indices
 
 
@@ -87,6 +88,14 @@ class VisionZip(Compressor):
         counts = self._counts(parts)
         count = torch.tensor(counts, device=device)
         return Selection(order=order, count=count, total=sum(counts), features=features, extra=extra, layout=layout)
+
+    def select_products(self, grid: AnyResGrid, layout: Layout, width: int, heads: int) -> tuple[Product, ...]:
+        """Likeness of patches to targets, and the sums of what joins these."""
+        n, v, targets = grid.patches_per_view, grid.n_views, max(p.contextual for p in self._parts(grid, layout))
+        return (
+            Product("likeness", n, width // heads, targets, v),
+            Product("contextual", targets, n, width, v),
+        )
 
     def _parts(self, grid: AnyResGrid, layout: Layout) -> list[_Part]:
         """What every view keeps of each kind; follows from sizes."""

@@ -6,12 +6,14 @@ tensor is made. T tokens in a Llama-like layer of width d and MLP width m, with 
 operations (FLOPs) per MAC.
 
 What is moved depends on how operators are fused (`Fusion`); FLOPs are by convention those of the unfused arrangement.
-Left out, as small: embedding look-ups, preprocessing, sorting of scores, placing tokens into the sequence.
+Left out, as small: embedding look-ups, preprocessing, sorting of scores, placing tokens into the sequence, and what a
+method computes element by element. Matrix products are all there: unfused, what torch's `FlopCounterMode` counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
+from typing import TYPE_CHECKING
 
 from llava.constants import InputError
 from llava.efficiency.ops import (
@@ -20,7 +22,6 @@ from llava.efficiency.ops import (
     GELU,
     NORM,
     ROTATE,
-    SOFTMAX,
     Fusion,
     Op,
     Ops,
@@ -30,6 +31,9 @@ from llava.efficiency.ops import (
     pointwise,
 )
 from llava.efficiency.shapes import Language, Model, Tower
+
+if TYPE_CHECKING:
+    from llava.compress.stages import Product  # which loads torch; formulas need none
 
 
 def every_layer(shape: Language, tokens: int) -> tuple[int, ...]:
@@ -43,6 +47,7 @@ def prefill(
     *,
     mlp_tokens: Sequence[int] | None = None,
     cached: Sequence[int] | None = None,
+    runs: Sequence[int] | None = None,
     logits: int = 1,
     batch: int = 1,
     fusion: Fusion = Fusion.NONE,
@@ -54,6 +59,7 @@ def prefill(
         tokens: entering every layer.
         mlp_tokens: entering every layer's MLP, where a method drops some between attention and MLP; None: the same.
         cached: tokens whose keys and values every layer has already, as of a shared beginning; None: none.
+        runs: first layers of runs that share their positions, 0 included; None: of those that see the same number.
         logits: positions of every sequence whose logits are computed; the last alone is needed.
         batch: sequences of these lengths run at once, which share the reading of the weights.
         fusion: what is moved.
@@ -66,31 +72,39 @@ def prefill(
     for counts in (tokens, after, before):
         if len(counts) != shape.layers or min(counts) < 0:
             raise InputError(f"give tokens for each of {shape.layers} layers, none negative, got {list(counts)}")
+    seen = list(zip(tokens, before, strict=True))
+    begun = [i for i, now in enumerate(seen) if not i or now != seen[i - 1]] if runs is None else runs
     # Neighbouring layers of the same size are one set of operators that runs several times.
     groups = [(sizes, len(list(same))) for sizes, same in groupby(zip(tokens, after, before, strict=True))]
     return (
+        *(op for layer in begun for op in _angles(shape, batch * tokens[layer], fusion)),
         *(
-            op
+            op.repeated(number)
             for (queries, left, held), number in groups
-            for op in (
-                *_angles(shape, batch * queries, fusion),
-                *(op.repeated(number) for op in _decoder_layer(shape, queries, left, held, batch, fusion)),
-            )
+            for op in _decoder_layer(shape, queries, left, held, batch, fusion)
         ),
         *_head(shape, batch * after[-1], batch * logits, fusion),
     )
 
 
-def decode_step(shape: Language, cached: Sequence[int], *, batch: int = 1, fusion: Fusion = Fusion.NONE) -> Ops:
+def decode_step(
+    shape: Language,
+    cached: Sequence[int],
+    *,
+    runs: Sequence[int] | None = None,
+    batch: int = 1,
+    fusion: Fusion = Fusion.NONE,
+) -> Ops:
     """Return the operators of producing one more token.
 
     Args:
         shape: the language model.
         cached: tokens in every layer's KV cache beforehand.
+        runs: as in `prefill`.
         batch: sequences of this length run at once.
         fusion: what is moved.
     """
-    return prefill(shape, every_layer(shape, 1), cached=cached, batch=batch, fusion=fusion)
+    return prefill(shape, every_layer(shape, 1), cached=cached, runs=runs, batch=batch, fusion=fusion)
 
 
 def kv_bytes(shape: Language, tokens: Sequence[int], batch: int = 1) -> int:
@@ -165,25 +179,23 @@ def selection(
     return (*looks, Op(name="gather", activations=2 * kept * c * e))
 
 
-def attention_rows(shape: Language, keys: int, rows: int, *, batch: int = 1, fusion: Fusion = Fusion.NONE) -> Ops:
-    """Return the operators of rows of a decoder layer's attention, from its own queries and keys.
-
-    See `language_model.inside`.
+def products(own: Iterable["Product"], *, batch: int = 1) -> Ops:
+    """Return the operators of a method's own matrix products; they are unfused, and in float32.
 
     Args:
-        shape: the language model.
-        keys: tokens of every sequence that the layer ran on.
-        rows: of them whose attention is looked at, per sequence.
-        batch: sequences.
-        fusion: what is moved.
+        own: the products of one request.
+        batch: requests alike.
     """
-    q, kv, e, n = shape.query_width, shape.kv_width, shape.element_bytes, batch * keys
-    scores = batch * rows * keys * shape.heads
-    ops = (
-        Op(name="rows", macs=batch * rows * keys * q, activations=(batch * rows * q + n * kv) * e + scores * 4),
-        pointwise("softmax", scores, SOFTMAX, 2, 4),  # in float32
+    return tuple(
+        Op(
+            name=each.name,
+            macs=each.rows * each.inner * each.columns,
+            activations=(each.rows * each.inner + each.inner * each.columns + each.rows * each.columns) * 4,
+            times=batch * each.times,
+        )
+        for each in own
+        if each.macs
     )
-    return matrix_products(ops) if fusion is Fusion.ALL else ops
 
 
 def projector(model: Model, tokens: int, *, fusion: Fusion = Fusion.NONE) -> Ops:

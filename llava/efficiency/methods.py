@@ -1,22 +1,22 @@
 """From a method and an image's size, or from what a model wrote down, to the tokens of a request."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import torch
 
 from llava.anyres import AnyResGrid, Size, choose_grid
 from llava.compress import get
 from llava.compress.base import Compressor, Layout, Plan, Views
-from llava.compress.encoding import stand_in
+from llava.compress.encoding import EncoderSizes, stand_in
 from llava.compress.pack import EXTRA, pack
+from llava.compress.stages import LayerSizes, Product
 from llava.compress.tokens import budget
 from llava.compress.trace import Trace
 from llava.constants import InputError
 from llava.efficiency.flops import every_layer
 from llava.efficiency.request import Request
-from llava.efficiency.shapes import Model
+from llava.efficiency.shapes import Language, Model, Tower
 from llava.model.views import LAYOUTS
 
 CHANNELS, HEADS = 8, 2
@@ -44,16 +44,6 @@ class Planned:
         return self.request.kept + self.newlines + self.extra
 
 
-class Looks(TypedDict):
-    """What a method looks at, as fields of a `Request`."""
-
-    tower_layers: int
-    tower_tokens: tuple[int, ...] | None
-    cls_rows: int
-    key_rows: int
-    llm_rows: tuple[tuple[int, int], ...]
-
-
 def image_grid(model: Model, image_size: Size) -> AnyResGrid:
     """Return the views a model makes of an image of `(width, height)` pixels.
 
@@ -73,7 +63,14 @@ def image_grid(model: Model, image_size: Size) -> AnyResGrid:
 
 
 def plan_request(
-    model: Model, method: Compressor, image_size: Size, *, text: int = 0, output: int = 1, batch: int = 1
+    model: Model,
+    method: Compressor,
+    image_size: Size,
+    *,
+    text: int = 0,
+    prefix: int = 0,
+    output: int = 1,
+    batch: int = 1,
 ) -> Planned:
     """Return what a method makes of an image, before any pixel is looked at.
 
@@ -85,6 +82,7 @@ def plan_request(
         method: the compression method.
         image_size: `(width, height)` in pixels.
         text: tokens of the prompt.
+        prefix: those of them before the image, which no method takes for the question.
         output: tokens produced.
         batch: such requests run together.
 
@@ -97,22 +95,27 @@ def plan_request(
     plan = method.plan(grid, layout)
     newlines, extra = _rehearse(model, method, grid, layout)
     kept = min(max(budget(plan.ratio, plan.patches), plan.at_least), plan.at_most)
-    visual = method.visual_per_layer(kept + newlines + extra, model.language.layers)
-    request = Request(
-        model=model,
-        views=grid.n_views,
+    request = _request(
+        model,
+        method,
+        [grid],
+        layout,
         kept=kept,
-        tokens=tuple(count + text for count in visual),
+        projected=kept + extra,
+        visual=method.visual_per_layer(kept + newlines + extra, model.language.layers),
+        text=text,
+        prefix=prefix,
         output=output,
         batch=batch,
-        projected=kept + extra,
-        **_looks(model, method, [grid], layout),
     )
     return Planned(method=str(method), grid=grid, plan=plan, newlines=newlines, extra=extra, text=text, request=request)
 
 
 def trace_requests(model: Model, trace: Trace, output: int = 1) -> list[Request]:
     """Return the requests that a model really ran, one for every row of the batch.
+
+    Each is what its row would be alone: padding, which rows of unequal length run on as well, is not counted; nor is
+    what a method looks at inside the language model where there is no image at all.
 
     Args:
         model: the model.
@@ -131,41 +134,107 @@ def trace_requests(model: Model, trace: Trace, output: int = 1) -> list[Request]
     method = get(trace.method if images else "none")
     share = len(images) // len(rows)
     requests = []
-    for row, length in enumerate(rows):
+    for row, (length, question) in enumerate(zip(rows, trace.n_text, strict=True)):
         own = images[row * share : (row + 1) * share]
         layout = Layout(unpad=all(image.unpad for image in own))
-        request = Request(
-            model=model,
-            views=sum(image.grid.n_views for image in own),
+        request = _request(
+            model,
+            method,
+            [image.grid for image in own],
+            layout,
             kept=sum(image.packed.patches for image in own),
             projected=sum(image.packed.visual for image in own),
-            tokens=tuple(length - visual[row][0] + count for count in visual[row]),
+            visual=visual[row],
+            text=length - visual[row][0],
+            prefix=length - visual[row][0] - question,
             output=output,
-            **_looks(model, method, [image.grid for image in own], layout),
         )
         requests.append(request)
     return requests
 
 
-def _looks(model: Model, method: Compressor, grids: Sequence[AnyResGrid], layout: Layout) -> Looks:
-    """What a method's taps make the tower do (see `compress.attach`), and its points the language model.
+def _request(
+    model: Model,
+    method: Compressor,
+    grids: Sequence[AnyResGrid],
+    layout: Layout,
+    *,
+    kept: int,
+    projected: int,
+    visual: tuple[int, ...],
+    text: int,
+    prefix: int,
+    output: int,
+    batch: int = 1,
+) -> Request:
+    """One prompt about images of these grids, of which every layer of the language model runs on `visual` tokens."""
+    if not 0 <= prefix <= text:
+        raise InputError(f"prefix must be a part of the {text} text tokens, got {prefix}")
+    tower, depth = model.tower, model.language.layers
+    rows, keys = ({index % tower.layers for index in tapped} for tapped in (method.taps.cls, method.taps.keys))
+    left = [method.patches_per_layer(grid, layout, tower.depth) for grid in grids]
+    merging = bool(method.encoder_points(tower.depth))
+    tokens, last = tuple(count + text for count in visual), text + method.visual_left(visual[0], depth)
+    return Request(
+        model=model,
+        views=sum(grid.n_views for grid in grids),
+        kept=kept,
+        projected=projected,
+        tokens=tokens,
+        mlp_tokens=(*tokens[1:], last) if method.llm_middle else None,
+        runs=(0, *(point + 1 for point in method.points_in(depth) if point + 1 < depth)),
+        output=output,
+        batch=batch,
+        # A tap records a layer's input, so every layer before it must run (see `compress.attach`).
+        tower_layers=max(tower.depth, *rows, *keys) if rows | keys else tower.depth,
+        # The views of a call are one rectangle.
+        tower_tokens=tuple(1 + max(map(max, views)) for views in zip(*left, strict=True)) if merging else None,
+        cls_rows=len(rows),
+        key_rows=len(keys),
+        own=(
+            *(p for grid in grids for p in method.select_products(grid, layout, tower.width, tower.heads)),
+            *_encoder_products(tower, method, grids, layout, left),
+            *_llm_products(model.language, method, visual, text, text - prefix),
+        ),
+    )
 
-    One row is counted at every point, that of the last prompt token.
-    """
-    layers = model.tower.layers
-    rows, keys = ({index % layers for index in tapped} for tapped in (method.taps.cls, method.taps.keys))
-    # A tap records a layer's input, so every layer before it must run.
-    run = max(model.tower.depth, *rows, *keys) if rows | keys else model.tower.depth
-    merging = method.encoder_points(model.tower.depth)
-    left = [method.patches_per_layer(grid, layout, model.tower.depth) for grid in grids]
-    return {
-        "tower_layers": run,
-        # The views of a call are one rectangle; what a method does at its points is not counted.
-        "tower_tokens": tuple(1 + max(map(max, views)) for views in zip(*left, strict=True)) if merging else None,
-        "cls_rows": len(rows),
-        "key_rows": len(keys),
-        "llm_rows": tuple((layer, 1) for layer in method.points_in(model.language.layers)),
-    }
+
+def _encoder_products(
+    tower: Tower,
+    method: Compressor,
+    grids: Sequence[AnyResGrid],
+    layout: Layout,
+    left: Sequence[tuple[tuple[int, ...], ...]],
+) -> Iterator[Product]:
+    """What a method multiplies at its points in the tower, all views of the images in one call."""
+    before = tuple(n for grid in grids for n in (grid.patches_per_view, *grid.crop_patches(layout.unpad)))
+    for layer in method.encoder_points(tower.depth):
+        after = tuple(n for views in left for n in views[layer + 1])
+        yield from method.encoder_products(
+            EncoderSizes(
+                layer=layer, depth=tower.depth, before=before, after=after, width=tower.width, heads=tower.heads
+            )
+        )
+        before = after
+
+
+def _llm_products(
+    language: Language, method: Compressor, visual: tuple[int, ...], text: int, question: int
+) -> Iterator[Product]:
+    """What a method multiplies at its points in the language model; `question` tokens of the text follow an image."""
+    for layer in method.points_in(language.layers):
+        yield from method.llm_products(
+            LayerSizes(
+                layer=layer,
+                depth=language.layers,
+                tokens=visual[layer] + text,
+                n_visual=visual[0],
+                n_text=question,
+                width=language.width,
+                heads=language.heads,
+                head_width=language.head_width,
+            )
+        )
 
 
 def _rehearse(model: Model, method: Compressor, grid: AnyResGrid, layout: Layout) -> tuple[int, int]:

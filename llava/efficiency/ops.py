@@ -77,7 +77,10 @@ class Cost:
 
     @property
     def matmul_flops(self) -> int:
-        """Operations of the matrix products alone: what torch's `FlopCounterMode` counts."""
+        """Operations of the matrix products alone: what torch's `FlopCounterMode` counts of unfused operators.
+
+        On CPU it counts nothing of fused attention: choose the backend MATH.
+        """
         return 2 * self.macs
 
     @property

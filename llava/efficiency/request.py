@@ -1,15 +1,16 @@
 """One request, an image and a question, as numbers of tokens; and what each of its stages runs."""
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from llava.constants import InputError
 from llava.efficiency.devices import Device
 from llava.efficiency.flops import (
-    attention_rows,
     decode_step,
     every_layer,
     kv_bytes,
     prefill,
+    products,
     projector,
     selection,
     tower,
@@ -19,7 +20,11 @@ from llava.efficiency.ops import Fusion, Ops
 from llava.efficiency.roofline import seconds
 from llava.efficiency.shapes import Model
 
+if TYPE_CHECKING:
+    from llava.compress.stages import Product
+
 STAGES = ("tower", "selection", "projector", "prefill", "decode")
+"""What a method costs itself is `selection`, be it done inside the tower, behind it or inside the language model."""
 VISION = STAGES[:3]
 
 
@@ -38,6 +43,9 @@ class Request:
     """Tokens entering every layer's MLP, if a method drops some in between; None: the same."""
     cached: tuple[int, ...] | None = None
     """Tokens in every layer's KV cache after prefill; None: those that entered the layer."""
+    runs: tuple[int, ...] | None = None
+    """First layers of runs that share their positions, which are rotated anew behind every point of a method; None: of
+    those that see the same number of tokens."""
     output: int = 1
     """Tokens produced; the first comes of prefill, every further one of a decoding step."""
     batch: int = 1
@@ -52,8 +60,8 @@ class Request:
     """Layers of the tower whose [CLS] attention is recomputed."""
     key_rows: int = 0
     """Layers of the tower whose keys are recomputed."""
-    llm_rows: tuple[tuple[int, int], ...] = ()
-    """Layers of the language model whose attention is looked at, each with the number of rows."""
+    own: tuple["Product", ...] = ()
+    """Matrix products that the method itself runs, wherever it does, but for those that the two rows above say."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that no request has.
@@ -85,7 +93,7 @@ class Request:
     def decode_step(self, done: int = 1, fusion: Fusion = Fusion.NONE) -> Ops:
         """The operators of the step after `done` tokens were produced."""
         context = [count + done - 1 for count in self.context]
-        return decode_step(self.model.language, context, batch=self.batch, fusion=fusion)
+        return decode_step(self.model.language, context, runs=self.runs, batch=self.batch, fusion=fusion)
 
     def stages(self, fusion: Fusion = Fusion.NONE) -> dict[str, Ops]:
         """The operators of every stage, in the order of `STAGES`."""
@@ -95,21 +103,21 @@ class Request:
         steps = (self.decode_step(done, fusion) for done in range(1, self.output))
         return {
             "tower": tower(model.tower, views, layers=self.tower_layers, tokens=self.tower_tokens, fusion=fusion),
-            "selection": (*selection(model.tower, views, kept, **rows, fusion=fusion), *self._inside(fusion)),
+            "selection": (
+                *selection(model.tower, views, kept, **rows, fusion=fusion),
+                *products(self.own, batch=self.batch),
+            ),
             "projector": projector(model, projected, fusion=fusion),
             "prefill": prefill(
-                model.language, self.tokens, mlp_tokens=self.mlp_tokens, batch=self.batch, fusion=fusion
+                model.language,
+                self.tokens,
+                mlp_tokens=self.mlp_tokens,
+                runs=self.runs,
+                batch=self.batch,
+                fusion=fusion,
             ),
             "decode": tuple(op for step in steps for op in step),
         }
-
-    def _inside(self, fusion: Fusion) -> Ops:
-        """What looking at attention inside the language model runs."""
-        return tuple(
-            op
-            for layer, rows in self.llm_rows
-            for op in attention_rows(self.model.language, self.tokens[layer], rows, batch=self.batch, fusion=fusion)
-        )
 
     def seconds(self, device: Device, fusion: Fusion = Fusion.ALL) -> dict[str, float]:
         """The least time of every stage, in seconds."""

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from llava.anyres import AnyResGrid
 from llava.compress import base
-from llava.compress.allocation import ALLOCATIONS, crop_importance, crop_ratios
+from llava.compress.allocation import ALLOCATIONS, crop_importance, crop_ratios, crop_weights
 from llava.compress.attach import attach
 from llava.compress.base import Compressor, Layout, Plan, Selection, Taps, Views
 from llava.compress.pack import Packed, pack
-from llava.compress.tokens import budget, fill_shares, round_shares, top_indices, unit
+from llava.compress.tokens import apportion, budget, fill_shares, top_indices, unit
 from llava.compress.trace import ImageTrace, Trace
-from llava.constants import IMAGE_TOKEN_INDEX, InputError
+from llava.constants import IMAGE_TOKEN_INDEX, PromptTooLong
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import Spliced, splice
@@ -184,18 +184,18 @@ class GlobalCom2(Compressor):
         grid = views.grid
         if self._passes_through(grid, views.layout):
             return super().select(views)
-        scores = self._scores(views.cls_logits[-1])  # [V, N]
-        thumbnail, crops = base.split_budget(self.ratio, grid, views.layout.unpad)
-        order = top_indices(scores[:1])
-        count = torch.full((1,), thumbnail, device=order.device)
-        if grid.crops:
-            worth = self._blend(self._project(scores[0], grid, views.layout), scores[1:], views.valid[1:])
-            order = torch.cat((order, top_indices(worth, views.valid[1:])))
-            count = torch.cat((count, self._count(scores[0], views, crops)))
         layout = views.layout
+        scores = worth = self._scores(views.cls_logits[-1])  # [V, N]
+        budgets = base.split_budget(self.ratio, grid, layout.unpad)
+        # Where every patch shows the image, no launches are spent on a mask.
+        valid = views.valid if grid.n_patches(layout.unpad) < scores.numel() else None
+        if grid.crops:
+            crops = self._blend(self._project(scores[0], grid, layout), scores[1:], valid)
+            worth = torch.cat((scores[:1], crops))
+        order, count = top_indices(worth, valid), self._count(scores[0], views, *budgets)
         if self.profile == "released":
             layout = replace(layout, newline="canvas", thumbnail="score", placement="released")
-        total = thumbnail + crops if self.profile == "corrected" or not grid.crops else None
+        total = sum(budgets) if self.profile == "corrected" or not grid.crops else None
         return Selection(order=order, count=count, total=total, layout=layout)
 
     @property
@@ -222,34 +222,43 @@ class GlobalCom2(Compressor):
         return (patches.softmax(-1) if self.profile == "paper" else patches).mean(1)
 
     def _project(self, thumbnail: Tensor, grid: AnyResGrid, layout: Layout) -> Tensor:
-        """The thumbnail's scores at the place of every crop patch: `[n, N]`, 0 where padded."""
+        """The thumbnail's scores at the place of every crop patch: `[rows, cols, S, S]`, 0 where padded."""
         left, top, right, bottom = grid.box if layout.unpad else (0, 0, *grid.canvas)
         plane = interpolate_scores(thumbnail, right - left, bottom - top)
         across, down = grid.canvas
-        return grid.split(F.pad(plane, (left, across - right, top, down - bottom)))
+        padding = (left, across - right, top, down - bottom)
+        return grid.tiles(F.pad(plane, padding) if any(padding) else plane)
 
-    def _blend(self, overall: Tensor, local: Tensor, valid: Tensor) -> Tensor:
-        """Both views of a patch's worth as one `[n, N]` (eq. 8), or one of them."""
+    def _blend(self, overall: Tensor, local: Tensor, valid: Tensor | None) -> Tensor:
+        """Both views `[rows, cols, S, S]` and `[n, N]` of a patch's worth as one `[n, N]` (eq. 8), or one of them."""
+        both = torch.stack((overall, local.view_as(overall))).view(2, *local.shape)
         if self.profile != "paper":
-            overall, local = unit(overall, valid), unit(local, valid)
+            both = unit(both, None if valid is None else valid[1:])
         blend = 0.5 if self.profile == "released" else self.alpha  # a sum, as released, ranks as half and half
         alpha = {"local": 0.0, "global": 1.0}.get(self.criterion, blend)
-        return alpha * overall + (1 - alpha) * local
+        return torch.add((1 - alpha) * both[1], both[0], alpha=alpha)
 
-    def _count(self, thumbnail: Tensor, views: Views, total: int) -> Tensor:
-        """Tokens every crop keeps: `[n]` (eq. 2-7), stays on the device."""
+    def _count(self, thumbnail: Tensor, views: Views, own: int, total: int) -> Tensor:
+        """Tokens every view keeps: `[V]`, `own` of the thumbnail and `total` of all crops (eq. 2-7); on the device."""
+        grid, patches = views.grid, views.grid.crop_patches(views.layout.unpad)
+        count = torch.full((grid.n_views,), own, device=thumbnail.device)
+        if not grid.crops:
+            return count
+        sizes = torch.tensor(patches, dtype=torch.float64, device="cpu").to(count.device, non_blocking=True)
         kept = max(1, budget(self.ratio, len(thumbnail)))
-        importance = crop_importance(thumbnail, *(views.grid.crops or (0, 0)), self.allocation, kept)
-        ratios = crop_ratios(importance, self.ratio, self.temperature, self.allocation)
-        sizes = views.valid[1:].sum(1).double()
+        importance = crop_importance(thumbnail, *grid.crops, self.allocation, kept)
         if self.profile == "corrected":
             # Beside a dominant crop the others' ratios may agree to the last bit; odd tokens still go by importance.
-            first = top_indices(importance)
-            rounded = round_shares(fill_shares(ratios, sizes, total)[first], sizes[first], total)
-            return torch.empty_like(rounded).scatter(0, first, rounded)
+            importance, first = importance.sort(descending=True, stable=True)
+            weights = crop_weights(importance, self.temperature, self.allocation)
+            sizes = sizes[first] if len({*patches}) > 1 else sizes
+            count[1:].scatter_(0, first, apportion(fill_shares(weights, sizes, total), total))
+            return count
+        ratios = crop_ratios(importance, self.ratio, self.temperature, self.allocation)
         if self.profile == "paper":
             ratios = ratios * (self.ratio / ratios.mean())
-        return (ratios.clamp_max(1) * sizes).floor().long()
+        count[1:] = (ratios.clamp_max(1) * sizes).floor()
+        return count
 
 
 class LlavaMetaForCausalLM:
@@ -296,7 +305,9 @@ class LlavaMetaForCausalLM:
         pixels, grids, layout = view_images(images, image_sizes, self.config, tower)
         at_work = attach(tower=tower.vision_tower, method=method, depth=tower.depth, grids=grids, layout=layout)
         with clock("vision", tower.device), at_work as session:
-            hidden = tower.hidden(torch.cat([image.to(tower.device, tower.dtype) for image in pixels]))
+            # Moved before it is cast, as a cast on the host would wait and leave page-locked memory.
+            moved = [image.to(tower.device, non_blocking=image.is_pinned()).to(tower.dtype) for image in pixels]
+            hidden = tower.hidden(torch.cat(moved))
             session.finish(tower.depth, hidden)
         with clock("selection", tower.device):
             batch = session.views(hidden, grids, layout)
@@ -333,12 +344,13 @@ class LlavaMetaForCausalLM:
         spliced = splice(input_ids.to(embed.weight.device), packed, embed, attention_mask, labels, padding_side)
         longest, limit = max(spliced.lengths), self.config.max_position_embeddings
         if longest > limit:
-            raise InputError(
+            raise PromptTooLong(
                 f"the prompt is {longest} tokens long with its images, the model's limit is {limit}; "
                 "lower the retention ratio, give fewer images or a shorter question"
             )
         if trace:
             trace.sequence_lengths += spliced.lengths
+            trace.n_text += spliced.n_text
         return spliced
 
     def prepare_inputs_labels_for_multimodal(

@@ -11,15 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava.anyres import AnyResGrid, choose_grid
 from llava.compress import available, get
-from llava.compress.allocation import ALLOCATIONS
+from llava.compress.allocation import ALLOCATIONS, crop_weights
 from llava.compress.base import Layout, Selection, Views, uniform_counts
 from llava.compress.pack import pack
 from llava.compress.tokens import fill_shares
 from llava.constants import InputError
+from llava.efficiency.launches import Launches
 from llava.model import llava_arch
 from llava.model.llava_arch import (
     CRITERIA,
@@ -496,16 +496,6 @@ def test_the_smallest_ratio_keeps_one_token() -> None:
 # --- what never leaves the device ------------------------------------------------------------------------------------
 
 
-class Reads(TorchDispatchMode):
-    """Counts values read back from tensors."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("size", [(672, 672), (640, 480), (480, 640), (37, 10000)])
 def test_corrected_reads_nothing_from_the_device(size: tuple[int, int]) -> None:
     # A meta tensor holds no values: whatever asks for one raises.
@@ -518,9 +508,9 @@ def test_corrected_reads_nothing_from_the_device(size: tuple[int, int]) -> None:
     assert len(packed.features) == len(packed.origin) == packed.patches + packed.newlines
 
     views = views_of(grid, noise(grid, 1.0, 0))
-    with Reads() as reads:
+    with Launches("cpu") as count:
         pack(views, GlobalCom2(retention_ratio=0.25).select(views), lambda x: x, torch.zeros(1))
-    assert reads.count == 0
+    assert count.reads == 0
 
 
 @pytest.mark.parametrize("profile", ["released", "paper"])
@@ -532,9 +522,9 @@ def test_other_profiles_read_one_number_when_packing(profile: str) -> None:
         pack(views, selection, lambda x: x, torch.zeros(1, device="meta"))
 
     views = views_of(grid, noise(grid, 1.0, 0))
-    with Reads() as reads:
+    with Launches("cpu") as count:
         pack(views, GlobalCom2(retention_ratio=0.25, profile=profile).select(views), lambda x: x, torch.zeros(1))
-    assert reads.count == 1
+    assert count.reads == 1
 
 
 # --- the released functions' names -----------------------------------------------------------------------------------
@@ -558,7 +548,7 @@ def test_interpolation_by_hand(crops: tuple[int, int], size: tuple[int, int]) ->
     arguments = (right - left, bottom - top, *crops, dims)
     tiles = interpolate_and_split_cls_attn_scores(scores, *arguments)
     expected = reference.projected(scores.tolist(), size, crops, 12)
-    internal = GlobalCom2()._project(scores, grid, Layout())
+    internal = GlobalCom2()._project(scores, grid, Layout()).flatten(2).flatten(0, 1)
     assert [len(tile) for tile in tiles] == [h * w for h, w in dims]
     for tile, by_hand, row in zip(tiles, expected, internal, strict=True):
         assert tile.tolist() == pytest.approx(list(by_hand.values()), abs=1e-5)
@@ -778,6 +768,18 @@ def test_oracle_allocations(allocation: str) -> None:
     for profile, expected in (("released", released), ("corrected", corrected)):
         method = GlobalCom2(retention_ratio=0.25, allocation=allocation, profile=profile)
         assert method.select(views_of(grid, scores)).count.tolist() == [4, *expected]
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("crops", GRIDS)
+def test_weights_are_ratios_in_proportion(crops: tuple[int, int], allocation: str) -> None:
+    for seed, std in enumerate((0.01, 0.3, 4.0)):
+        scores = noise(AnyResGrid(image_size=(672, 672), side=12), std, seed)[0]
+        found = crop_importance(scores, *crops, allocation, 36)
+        weights, n = crop_weights(found, 10.0, allocation), math.prod(crops)
+        assert weights.tolist() == pytest.approx((crop_ratios(found, 0.25, 10.0, allocation) / 0.25).tolist(), abs=2e-8)
+        assert float(weights.sum()) == pytest.approx(n, abs=1e-12)
+        assert bool(((weights >= 1 - 1 / n) & (weights <= 2 - 1 / n)).all())
 
 
 def test_topk_counts_what_is_kept_of_the_thumbnail() -> None:

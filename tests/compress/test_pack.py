@@ -260,8 +260,11 @@ def test_arguments_are_left_alone() -> None:
     tensors = [views.features, views.valid, selection.order, selection.count, LINE]
     before = [tensor.clone() for tensor in tensors]
     packed = pack(views, selection, lambda x: x, LINE)
+    origin = packed.origin.tolist()
     packed.features.zero_()
+    packed.origin.zero_()
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+    assert origin_of(views, selection) == origin
 
 
 # --- merged, appended and already reduced tokens ---------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.compress.tokens import budget, fill_shares, round_shares, top_indices, unit
+from llava.compress.tokens import apportion, budget, fill_shares, top_indices, unit
 from tests.compress.reference_released import largest_remainder, water_level_shares
 
 
@@ -69,6 +69,7 @@ def test_unit_scales_the_valid_entries_alone() -> None:
     assert scaled[1].tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3])
     assert scaled[2].tolist() == [0.0, 0.0, 0.0]  # nothing to divide by
     assert scores[0, 1] == 100.0
+    assert torch.equal(unit(scores), unit(scores, torch.ones_like(valid)))
 
 
 # --- fill_shares -----------------------------------------------------------------------------------------------------
@@ -102,6 +103,10 @@ HAND = [
     ([1.0, 5.0], [0, 0], 0, [0.0, 0.0]),
     ([0.1, 5.0], [7, 9], 16, [7.0, 9.0]),
     ([0.1, 5.0], [7, 9], 0, [0.0, 0.0]),
+    # Next to nothing gets what the full one leaves, and no sum loses it beside the large one.
+    ([1.0, 1e-30, 3e-30], [10, 10, 10], 18, [10.0, 2.0, 6.0]),
+    ([1.0, 1e-30], [10, 0], 10, [10.0, 0.0]),
+    ([], [], 0, []),
 ]
 
 
@@ -124,7 +129,7 @@ def test_fill_shares_equals_the_exact_water_level(case: tuple[list[float], list[
     assert all(f <= g + 1e-12 for v, f in level for w, g in level if v <= w)
 
 
-# --- round_shares ----------------------------------------------------------------------------------------------------
+# --- apportion -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,21 +139,21 @@ def test_fill_shares_equals_the_exact_water_level(case: tuple[list[float], list[
         ([1.5, 1.5, 1.5, 1.5], [9, 9, 9, 9], 6, [2, 2, 1, 1]),  # ties: lower index
         ([3.0, 1.0, 0.0], [3, 3, 0], 4, [3, 1, 0]),
         ([3.0, 0.5, 0.5], [3, 1, 1], 4, [3, 1, 0]),  # the full one cannot take more
+        ([], [], 0, []),
     ],
 )
-def test_round_shares_by_hand(shares: list[float], capacity: list[int], total: int, expected: list[int]) -> None:
-    tensors = (torch.tensor(shares, dtype=torch.float64), torch.tensor(capacity, dtype=torch.float64))
-    rounded = round_shares(*tensors, total)
-    assert rounded.tolist() == expected
+def test_apportion_by_hand(shares: list[float], capacity: list[int], total: int, expected: list[int]) -> None:
+    rounded = apportion(torch.tensor(shares, dtype=torch.float64), total)
+    assert rounded.tolist() == expected == largest_remainder(shares, capacity, total)
     assert rounded.dtype == torch.long
 
 
 @given(case=crops())
 @settings(max_examples=500, deadline=None, derandomize=True)
-def test_round_shares_meets_the_total(case: tuple[list[float], list[int], int]) -> None:
+def test_apportion_meets_the_total(case: tuple[list[float], list[int], int]) -> None:
     weights, capacity, total = case
     shares = shared(weights, capacity, total)
-    rounded = round_shares(shares, torch.tensor(capacity, dtype=torch.float64), total).tolist()
+    rounded = apportion(shares, total).tolist()
     assert sum(rounded) == total
     assert all(0 <= k <= c for k, c in zip(rounded, capacity, strict=True))
     assert all(abs(k - s) < 1 + 1e-9 for k, s in zip(rounded, shares.tolist(), strict=True))
@@ -160,5 +165,5 @@ def test_round_shares_meets_the_total(case: tuple[list[float], list[int], int]) 
 def test_equal_crops_differ_by_one_at_most_and_the_first_get_more(n: int, size: int, data: st.DataObject) -> None:
     total = data.draw(st.integers(0, n * size))
     ones, sizes = torch.ones(n, dtype=torch.float64), torch.full((n,), float(size), dtype=torch.float64)
-    rounded = round_shares(fill_shares(ones, sizes, total), sizes, total).tolist()
+    rounded = apportion(fill_shares(ones, sizes, total), total).tolist()
     assert rounded == [math.ceil((total - i) / n) for i in range(n)]

@@ -87,6 +87,7 @@ def test_visionzips_own_tokens_are_accounted_for(
 def test_who_reads_the_account_counts_the_same(traced, checkpoint: Callable[..., Path]) -> None:
     trace = traced("visionzip(retention_ratio=0.25)", [(168, 168)])
     trace.sequence_lengths.append(10 + trace.ledger()["images"][0]["tokens"])
+    trace.n_text.append(10)
     (request,) = trace_requests(load(str(checkpoint("v1.6-vicuna"))), trace)
     assert (request.kept, request.projected) == (40, 45)  # the projector runs on appended tokens too
     # Pictures show patches: an appended token is at no place of them.

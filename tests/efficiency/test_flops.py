@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava.compress.stages import Product
 from llava.constants import InputError
 from llava.efficiency import flops
 from llava.efficiency.ops import Fusion, Op, total
@@ -176,14 +177,13 @@ def test_selection_by_hand() -> None:
     assert total(twice).macs == 2 * (90 + 18 + 30) + 90
 
 
-def test_rows_of_a_decoder_layer_by_hand() -> None:
-    """One row of five keys: queries 4 wide, keys 2, and twice that for a batch of two."""
-    ops = by_name(flops.attention_rows(TINY, 5, 1))
-    assert {name: op.macs for name, op in ops.items() if op.macs} == {"rows": 5 * 4}
-    assert ops["rows"].activations == (4 + 5 * 2) * 2 + 5 * 2 * 4
-    twice = total(flops.attention_rows(TINY, 5, 1, batch=2))
-    assert twice.macs == 2 * total(ops.values()).macs
-    assert twice.weights == total(ops.values()).weights
+def test_a_methods_own_products_by_hand() -> None:
+    """Three times 2×4 by 4×5, in float32; what multiplies nothing is left out."""
+    own = Product("likeness", 2, 4, 5, times=3)
+    assert own.macs == 3 * 40
+    (op,) = flops.products([own, Product("merge", 9, 0, 4)])
+    assert op == Op(name="likeness", macs=40, activations=(8 + 20 + 10) * 4, times=3)
+    assert total(flops.products([own], batch=2)).macs == 2 * own.macs
 
 
 @pytest.mark.parametrize(("layers", "macs"), [(0, 0), (1, 3 * 4), (2, 3 * 4 + 16), (3, 3 * 4 + 32)])
@@ -248,6 +248,9 @@ def test_more_tokens_never_cost_less(request_, fusion: Fusion, data) -> None:
 def test_layers_alike_share_their_angles(tokens: list[int], rotated: int) -> None:
     angles = [op for op in flops.prefill(TINY, tokens) if op.name == "angles"]
     assert total(angles).macs == rotated * TINY.head_width // 2
+    # Behind a point a layer rotates anew, however many tokens it is given.
+    angles = [op for op in flops.prefill(TINY, tokens, runs=(0, 1)) if op.name == "angles"]
+    assert total(angles).macs == sum(tokens) * TINY.head_width // 2
 
 
 @settings(deadline=None, max_examples=25)

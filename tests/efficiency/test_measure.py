@@ -196,7 +196,6 @@ def test_arrangements_are_compared_stage_by_stage(run: Run) -> None:
         assert ours["reads"] == 0 < naive["reads"]
         assert ours["launches"] < naive["launches"]
         assert ours["peak_bytes"] < naive["peak_bytes"]
-    assert rows["tower"]["ours"]["peak_bytes"] < rows["tower"]["naive"]["peak_bytes"]
 
 
 def test_arrangements_that_differ_are_not_timed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

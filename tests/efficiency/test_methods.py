@@ -66,7 +66,7 @@ def test_every_method_is_asked(name: str) -> None:
     assert found.request.tower_layers == max(23, *layers, 0)
     assert found.request.cls_rows == len({tap % 24 for tap in method.taps.cls})
     assert found.request.tokens == method.visual_per_layer(found.visual, 32)
-    assert [layer for layer, _ in found.request.llm_rows] == list(method.llm_points)
+    assert found.request.runs == (0, *(layer + 1 for layer in method.llm_points if layer < 31))
     again = plan_request(NEXT, method, (640, 480))
     assert again.visual == found.visual  # the noise is the same every time
 
@@ -88,11 +88,30 @@ def test_dropping_inside_the_language_model() -> None:
     after = round(2928 * (0.25 * 32 - 2) / 30)
     assert found.request.tokens == (2988,) * 2 + (after + 60,) * 30
     assert found.request.kept == found.request.projected == 2880
-    assert found.request.llm_rows == ((1, 1),)
-    looks = {op.name: op.macs for op in found.request.stages()["selection"]}
-    assert looks == {"gather": 0, "rows": 2988 * 4096, "softmax": 0}, "the layer's own projections are looked at"
+    assert found.request.runs == (0, 2)
+    looks = {op.name: op.macs * op.times for op in found.request.stages()["selection"]}
+    assert looks == {"gather": 0, "rows": 2988 * 4096}, "the layer's own projections are looked at"
     with pytest.raises(InputError, match="ask for more than 5"):
         plan_request(NEXT, get("fastv", retention_ratio=0.05), (672, 672))
+
+
+def test_the_question_is_what_follows_the_image() -> None:
+    """SparseVLM: rows of attention and their mean at three points, dot products with the image once."""
+    method = get("sparsevlm(recycle=False)", retention_ratio=0.5)
+    found = plan_request(NEXT, method, (672, 672), text=60, prefix=35)
+    entered = [found.request.tokens[layer] for layer in (2, 6, 15)]
+    looks = [(op.name, op.macs * op.times) for op in found.request.stages()["selection"] if op.macs]
+    pairs = [(name, 25 * n * width) for n in entered for name, width in (("rows", 4096), ("scores", 1))]
+    assert looks == [("raters", 2928 * 4096 * 25), *pairs]
+
+
+def test_merging_between_attention_and_mlp() -> None:
+    """FiCoCo-L from layer 5 on: what a layer merges, its MLP does not run on, and the last one's leave the model."""
+    request = plan_request(NEXT, get("ficoco_l(r=10)"), (672, 672), text=60).request
+    assert request.tokens == (2988,) * 6 + tuple(2988 - 10 * layer for layer in range(1, 27))
+    assert request.mlp_tokens == (2988,) * 5 + tuple(2988 - 10 * layer for layer in range(1, 28))
+    assert request.context == request.tokens
+    assert request.runs == (0, *range(6, 32))
 
 
 def test_merging_inside_the_encoder() -> None:
@@ -141,7 +160,7 @@ def test_what_is_planned_is_what_runs(checkpoint: Any, loaded: Any, spec: str, s
 
 def test_traces_of_several_rows() -> None:
     shape = NEXT
-    text_only = Trace(sequence_lengths=[7, 9])
+    text_only = Trace(sequence_lengths=[7, 9], n_text=[7, 9])
     assert [(r.views, r.kept, r.tokens[0]) for r in trace_requests(shape, text_only)] == [(0, 0, 7), (0, 0, 9)]
     with pytest.raises(InputError, match="0 images belong to which of 0 rows"):
         trace_requests(shape, Trace())

@@ -97,7 +97,7 @@ class Inside:
         """
         self.inner, self.method = inner, method
         self.depth = len(inner.layers)
-        self.points = method.points_in(self.depth)
+        self.points = method.points_in(self.depth) if any(prompts.n_visual) else ()
         # Behind the last layer nothing is left to run; in its middle, its MLP is.
         if self.points and self.points[-1] >= self.depth - (not method.llm_middle):
             raise InputError(
