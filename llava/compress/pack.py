@@ -68,7 +68,7 @@ def pack(
     dropped.scatter_(1, selection.order, line[:slots] >= selection.count[:, None])
     key, index = torch.add(place, dropped, alpha=_NEVER).flatten().sort()
     key, index = key[:total], index[:total]  # [total] in sequence order, into the flattened slots
-    chosen = features.flatten(0, 1)[index]  # [total, C]
+    chosen = _rows(features, index)  # [total, C]
 
     keys, extra = [key], selection.extra
     if extra is not None:
@@ -88,7 +88,22 @@ def pack(
         others[len(others) - len(ends) :] = NEWLINE
         return torch.cat((patch, others))[sequence]
 
-    return Packed(features=tokens[sequence], origin=origin, patches=total, newlines=len(ends))
+    return Packed(features=tokens.index_select(0, sequence), origin=origin, patches=total, newlines=len(ends))
+
+
+def _rows(features: Tensor, index: Tensor) -> Tensor:
+    """Gather tokens `[T, C]` of `[V, N', C]` by their number v · N' + n.
+
+    Flattening patches without the [CLS] token before each view's would copy all of them, so that is stepped over.
+    """
+    views, slots, width = features.shape
+    if features.stride(2) != 1 or features.stride(1) != width or features.stride(0) % max(1, width):
+        features = features.contiguous()
+    step = features.stride(0) // max(1, width)  # from a view to the next, in tokens
+    rows = features.as_strided(((views - 1) * step + slots, width), (width, 1))
+    if step > slots:
+        index = torch.add(index, index // slots, alpha=step - slots)
+    return rows.index_select(0, index)
 
 
 def _line(grid: AnyResGrid, flat: bool) -> Tensor:

@@ -9,7 +9,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from llava.anyres import AnyResGrid, choose_grid
 from llava.compress.base import Extra, Layout, Selection, Views
-from llava.compress.pack import EXTRA, NEWLINE, Packed, pack
+from llava.compress.pack import EXTRA, NEWLINE, Packed, _rows, pack
 
 TILE, SIDE = 84, 6
 GRIDS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
@@ -364,3 +364,20 @@ def test_appended_tokens_stand_where_the_encoder_dropped_their_anchor() -> None:
     selection = Selection(order=torch.arange(3).repeat(3, 1), count=torch.tensor([3, 3, 3]))
     selection = with_extra(selection, [(0, 2), (1, 0)])
     assert numbers(views, selection) == [0, 1, 5000, 3, 5001, 5, 8, -7, 6, 7, 10, 11, -7]
+
+
+@pytest.mark.parametrize("layout", ["sliced", "dense", "permuted", "expanded", "one view", "reversed views"])
+def test_rows_are_gathered_whatever_the_memory_holds_between_them(layout: str) -> None:
+    hidden = torch.randn(3, 7, 4)
+    features = {
+        "sliced": hidden[:, 1:],
+        "dense": hidden,
+        "permuted": hidden.permute(0, 2, 1),
+        "expanded": hidden[:1, :1].expand(3, 5, -1),
+        "one view": hidden[1:2, 2:],
+        "reversed views": hidden[1:, :5, ::2],
+    }[layout]
+    index = torch.randperm(features.shape[0] * features.shape[1])
+    assert torch.equal(_rows(features, index), features.flatten(0, 1)[index])
+    for nothing in (features[:, :, :0], features[:, :0]):
+        assert torch.equal(_rows(nothing, index[:0]), nothing.flatten(0, 1)[index[:0]])
