@@ -337,6 +337,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pool", action="store_true", help="CPU: let the allocator keep what is freed, as CUDA's does")
     parser.add_argument("--against", choices=["hf"], help="run transformers' own LlavaNext on the same weights too")
     parser.add_argument("--profile-naive", action="store_true", help="measure the naive arrangement's stages instead")
+    parser.add_argument("--stages", nargs="+", choices=naive_profile.STAGES, default=naive_profile.STAGES, help="of it")
     parser.add_argument("--static-cache", action="store_true", help="decode with a KV cache of fixed size")
     parser.add_argument("--compile", action="store_true", help="compile the tower's layers with torch.compile")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -353,7 +354,9 @@ def main() -> None:
     subject = subject_of(args)
     said = f"{args.model}, {subject.shape.language.layers} layers, {args.dtype}; {machine(subject.device)}"
     if args.profile_naive:
-        rows = naive_profile.measure(subject.model, subject.processor, subject.image, args.ratios, args.repeats)
+        rows = naive_profile.measure(
+            subject.model, subject.processor, subject.image, args.ratios, args.repeats, args.stages
+        )
         laid = naive_profile.text(rows)
     else:
         rows = measure(subject, methods, args.batch_size, args.repeats, args.against == "hf")

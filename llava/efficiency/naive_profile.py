@@ -39,8 +39,17 @@ def encode(model: Any, pixels: Tensor, image_size: tuple[int, int], method: Comp
     return session.views(hidden, grids, layout)[0]
 
 
+STAGES = ("preprocessing", "tower", "selection", "projector")
+PROFILES = ("corrected", "released")
+
+
 def measure(
-    model: Any, processor: Any, image: Image.Image, ratios: Sequence[float], repeats: int
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    ratios: Sequence[float],
+    repeats: int,
+    stages: Sequence[str] = STAGES,
 ) -> list[dict[str, Any]]:
     """Return a row for every stage, and for selection and projector at every ratio below 1.
 
@@ -50,6 +59,7 @@ def measure(
         image: the picture.
         ratios: R.
         repeats: how often the tower is run; cheaper stages are run more often.
+        stages: which of `STAGES`; without the tower, features and attention are noise.
 
     Raises:
         InputError: the model makes a single view of an image, where the naive arrangement selects nothing.
@@ -60,54 +70,63 @@ def measure(
         raise InputError(
             "--profile-naive compares arrangements of LLaVA-NeXT; this model does not cut images into crops"
         )
-    device, config = tower.device, model.config
-    released = get("globalcom2(profile='released')")
     rows = []
 
     def row(name: str, arrangements: Arrangements, times: int = CHEAP) -> None:
-        rows.append({"stage": name} | _compare(arrangements, repeats * times, device))
+        if name.partition(",")[0] in stages:
+            rows.append({"stage": name} | _compare(arrangements, repeats * times, tower.device))
 
     def ours() -> Tensor:
-        return process_images([image], processor, config)[0]
+        return process_images([image], processor, model.config)[0]
 
     pixels = ours()
     _agree("pixels", torch.equal(naive.preprocess(image, processor, pinpoints), pixels))
     row("preprocessing", {"naive": partial(naive.preprocess, image, processor, pinpoints), "ours": ours})
 
-    pixels = pixels.to(device, tower.dtype)
-    views = encode(model, pixels, image.size, released)
-    features, scores = naive.encode(tower, pixels)
-    _agree("features", torch.allclose(features, views.features, rtol=0.05, atol=0.1 * float(features.std())))
-    own = views.cls_logits[-1][:, :, 1:].mean(1)
-    _agree("scores", torch.allclose(scores.float(), own, rtol=0.05, atol=0.1 * float(own.std())))
-    run = partial(encode, model, pixels, image.size, released)
-    row("tower", {"naive": partial(naive.encode, tower, pixels), "ours": run}, times=1)
-
-    inner, newline = model.get_model(), model.get_model().image_newline
-    everything = inner.mm_projector(views.features)  # [V, N, D]
+    pixels = pixels.to(tower.device, tower.dtype)
+    if "tower" in stages:
+        run = partial(encode, model, pixels, image.size, get("globalcom2"))
+        views, (features, scores) = run(), naive.encode(tower, pixels)
+        own = views.cls_logits[-1][:, :, 1:].mean(1)
+        _agree("features", torch.allclose(features, views.features, rtol=0.05, atol=0.1 * float(features.std())))
+        _agree("scores", torch.allclose(scores.float(), own, rtol=0.05, atol=0.1 * float(own.std())))
+        row("tower", {"naive": partial(naive.encode, tower, pixels), "ours": run}, times=1)
+    else:
+        views = _noise(model, pixels, image.size)
     for ratio in ratios:
-        if ratio == 1:
-            continue
-        chosen = {profile: get(f"globalcom2(profile='{profile}')", retention_ratio=ratio) for profile in PROFILES}
-        selection = chosen["released"].select(views)
-        sequence, kept = naive.compress(everything, own, views.grid, ratio, newline)
-        order = [o[:count].tolist() for o, count in zip(selection.order, selection.count.tolist(), strict=True)]
-        _agree("kept patches", order[0] == kept[0] and [*map(sorted, order[1:])] == kept[1:])
-        _agree("sequence", len(sequence) == len(pack(views, selection, inner.mm_projector, newline).origin))
-        mark = newline[: views.features.shape[-1]]
-        select = {profile: partial(_select, views, method, mark) for profile, method in chosen.items()}
-        way = partial(naive.compress, everything, own, views.grid, ratio, newline)
-        row(
-            f"selection, R = {ratio:g}",
-            {"naive": way, "ours": select["corrected"], "ours, released": select["released"]},
-        )
-        patches = views.features.flatten(0, 1)[: chosen["corrected"].plan(views.grid).at_least]
-        everywhere = partial(inner.mm_projector, views.features)
-        row(f"projector, R = {ratio:g}", {"naive": everywhere, "ours": partial(inner.mm_projector, patches)})
+        if ratio < 1:
+            for name, arrangements in _at_ratio(model.get_model(), views, ratio).items():
+                row(f"{name}, R = {ratio:g}", arrangements)
     return rows
 
 
-PROFILES = ("corrected", "released")
+def _noise(model: Any, pixels: Tensor, image_size: tuple[int, int]) -> Views:
+    """What the tower might make of an image."""
+    tower = model.get_vision_tower()
+    _, (grid,), layout = view_images([pixels], [image_size], model.config, tower)
+    hidden = torch.randn(grid.n_views, 1 + grid.patches_per_view, tower.hidden_size).to(pixels)
+    logits = torch.randn(grid.n_views, tower.config.num_attention_heads, hidden.shape[1], device=pixels.device)
+    return Views(features=hidden[:, 1:], grid=grid, cls_logits={-1: logits}, layout=layout)
+
+
+def _at_ratio(inner: Any, views: Views, ratio: float) -> dict[str, Arrangements]:
+    """Selection and projector at a ratio."""
+    newline, project = inner.image_newline, inner.mm_projector
+    everything, own = project(views.features), views.cls_logits[-1][:, :, 1:].mean(1)
+    chosen = {profile: get(f"globalcom2(profile='{profile}')", retention_ratio=ratio) for profile in PROFILES}
+    selection = chosen["released"].select(views)
+    sequence, kept = naive.compress(everything, own, views.grid, ratio, newline)
+    order = [o[:count].tolist() for o, count in zip(selection.order, selection.count.tolist(), strict=True)]
+    _agree("kept patches", order[0] == kept[0] and [*map(sorted, order[1:])] == kept[1:])
+    _agree("sequence", len(sequence) == len(pack(views, selection, project, newline).features))
+    mark = newline[: views.features.shape[-1]]
+    select = {profile: partial(_select, views, method, mark) for profile, method in chosen.items()}
+    patches = views.features.flatten(0, 1)[: chosen["corrected"].plan(views.grid).at_least]
+    way = partial(naive.compress, everything, own, views.grid, ratio, newline)
+    return {
+        "selection": {"naive": way, "ours": select["corrected"], "ours, released": select["released"]},
+        "projector": {"naive": partial(project, views.features), "ours": partial(project, patches)},
+    }
 
 
 def _select(views: Views, method: Compressor, newline: Tensor) -> Tensor:

@@ -198,6 +198,16 @@ def test_arrangements_are_compared_stage_by_stage(run: Run) -> None:
         assert ours["peak_bytes"] < naive["peak_bytes"]
 
 
+def test_stages_can_be_chosen(run: Run) -> None:
+    """Without the tower there is noise to select from, of as many tokens."""
+    stages = ["projector", "selection"]
+    code, out, _ = run("--profile-naive", "--ratios", 0.5, "--stages", *stages, "--json")
+    assert code == 0
+    assert [row["stage"] for row in rows_of(out)] == ["selection, R = 0.5", "projector, R = 0.5"]
+    code, _, err = run("--profile-naive", "--stages", "prefill")
+    assert (code, "prefill" in err) == (2, True)
+
+
 def test_arrangements_that_differ_are_not_timed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     compress = naive_profile.naive.compress
 
