@@ -37,7 +37,9 @@ class Spread:
 
 
 def alternate(runs: Sequence[Callable[[], Seconds]], repeats: int) -> list[list[Seconds]]:
-    """Run all once to warm up, then `repeats` times in turns, beginning with another one each time.
+    """Run all once to warm up, then `repeats` times in turns, beginning with another one each time, and to and fro.
+
+    So none always finds the caches as the same other one left them.
 
     Returns:
         Of every one, what its repeated runs took.
@@ -46,8 +48,7 @@ def alternate(runs: Sequence[Callable[[], Seconds]], repeats: int) -> list[list[
         run()
     taken: list[list[Seconds]] = [[] for _ in runs]
     for turn in range(repeats):
-        for place in range(len(runs)):
-            index = (turn + place) % len(runs)
+        for index in sorted(range(len(runs)), key=lambda i: (i - turn) % len(runs), reverse=turn % 2 == 1):
             taken[index].append(runs[index]())
     return taken
 

@@ -23,8 +23,8 @@ def test_runs_take_turns_and_the_first_of_each_does_not_count() -> None:
         return one
 
     taken = alternate([run("a"), run("b"), run("c")], 2)
-    assert log == [*"abc", *"abc", *"bca"]
-    assert taken == [[{"all": 4}, {"all": 9}], [{"all": 5}, {"all": 7}], [{"all": 6}, {"all": 8}]]
+    assert log == [*"abc", *"abc", *"acb"]
+    assert taken == [[{"all": 4}, {"all": 7}], [{"all": 5}, {"all": 9}], [{"all": 6}, {"all": 8}]]
 
 
 def test_spread_is_median_and_quartiles() -> None:
