@@ -88,7 +88,8 @@ def pack(
         others[len(others) - len(ends) :] = NEWLINE
         return torch.cat((patch, others))[sequence]
 
-    return Packed(features=tokens.index_select(0, sequence), origin=origin, patches=total, newlines=len(ends))
+    placed = tokens.index_select(0, sequence.to(tokens.device))  # the projector may lie elsewhere than the tower
+    return Packed(features=placed, origin=origin, patches=total, newlines=len(ends))
 
 
 def _rows(features: Tensor, index: Tensor) -> Tensor:

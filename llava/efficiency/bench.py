@@ -86,19 +86,28 @@ def peak_bytes(block: Callable[[], Any], device: torch.device) -> int:
 def largest(works: Callable[[int], Any], most: int) -> int:
     """Return the largest batch up to `most` that a call can do without running out of the device's memory; 0: none.
 
-    What fits is taken to fit in any smaller batch too.
+    Batches are doubled until one fails, then bisected; what fits is taken to fit in any smaller batch too.
     """
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
+
+    def fits(batch: int) -> bool:
         try:
-            works(middle)
-        except torch.OutOfMemoryError:
-            high = middle - 1
-        else:
-            low = middle
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # of the attempt, for the next
+            works(batch)
+        except RuntimeError as error:  # of libraries beneath torch, too, some of which have no class of their own
+            if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+                raise
+            return False
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # of the attempt, for the next
+        return True
+
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 

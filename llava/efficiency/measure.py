@@ -37,8 +37,8 @@ from llava.efficiency.bench import (
     timed,
 )
 from llava.efficiency.build import DTYPES, image_processor, random_model
+from llava.efficiency.ideal import ideal, phi
 from llava.efficiency.methods import trace_requests
-from llava.efficiency.ops import Fusion, total
 from llava.efficiency.request import Request
 from llava.efficiency.shapes import MODELS, Model, from_config, load
 from llava.mm_utils import process_images
@@ -86,6 +86,7 @@ class Subject:
     def ask(self, method: Compressor, batch: int) -> tuple[dict[str, float], Trace, int]:
         """Answer once; returns seconds of every stage, what happened, and the bytes of the KV cache."""
         trace, self.model.method = Trace(), method
+        forget_length(self.model)
 
         def answer() -> tuple[Any, float]:
             views, before = timed(self._views(batch), torch.device("cpu"))
@@ -122,6 +123,7 @@ class Theirs:
         """Answer once; tower, projector and prefill cannot be told apart."""
         subject, trace = self.subject, Trace()
         device = subject.device
+        forget_length(self.model)
 
         def answer() -> float:
             views, before = timed(
@@ -129,7 +131,7 @@ class Theirs:
             )
             clock = GenerationClock(trace, device)
             ids = subject.prompt(PLACEHOLDER, self.tokens, batch).to(device)
-            views["pixel_values"] = views["pixel_values"].to(device, subject.model.dtype)
+            views["pixel_values"] = views["pixel_values"].to(device).to(subject.model.dtype)
             given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **views}
             with clock:
                 self.model.generate(**given, stopping_criteria=clock.criteria, **subject.settings)
@@ -137,6 +139,11 @@ class Theirs:
 
         before, whole = timed(answer, device)
         return _complete({"preprocessing": before, **trace.seconds}, whole)
+
+
+def forget_length(model: Any) -> None:
+    """Let transformers size a static cache by this request, and not by the longest one the model has answered."""
+    model._previous_max_cache_length = -1
 
 
 def _complete(seconds: dict[str, float], whole: float) -> dict[str, float]:
@@ -147,34 +154,6 @@ def _complete(seconds: dict[str, float], whole: float) -> dict[str, float]:
 
 def _cache_bytes(cache: Any) -> int:
     return sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-
-
-def work(request: Request) -> dict[str, int]:
-    """Return what the time of every stage goes with: operations, and in decoding, bytes moved."""
-    stages = request.stages(Fusion.ATTENTION)
-    return {name: total(ops).bytes if name == "decode" else total(ops).flops for name, ops in stages.items()}
-
-
-def ideal(base: dict[str, float], before: Request, after: Request) -> dict[str, float]:
-    """Return the seconds of every part of a request if each stage did its work at the rate it had in another.
-
-    Args:
-        base: seconds of the other's parts; what belongs to no stage, and preprocessing, stays as it is.
-        before: the other.
-        after: the request. Its selection runs at the rate of the tower, whose layers it looks into.
-    """
-    old, new = work(before), work(after)
-    found = {part: base[part] for part in ("preprocessing", "other")}
-    for stage in ("tower", "projector", "prefill", "decode"):
-        found[stage] = base[stage] * new[stage] / old[stage] if old[stage] else 0.0
-    found["selection"] = base["tower"] * new["selection"] / old["tower"]
-    request = sum(found.values())
-    return found | {"first token": request - found["decode"], "request": request}
-
-
-def phi(measured: float, limit: float) -> float | None:
-    """Return the share of what can be saved that is saved, from two speed-ups; None where nothing can."""
-    return None if limit <= 1 else (1 - 1 / measured) / (1 - 1 / limit)
 
 
 def measure(subject: Subject, methods: Sequence[Compressor], batch: int | None, repeats: int, hf: bool) -> list[Any]:
@@ -191,28 +170,35 @@ def measure(subject: Subject, methods: Sequence[Compressor], batch: int | None, 
         InputError: not one request fits, or a method cannot meet its ratio.
     """
     sizes = [batch or _most(subject, method) for method in methods]
-    probes = [subject.ask(method, size) for method, size in zip(methods, sizes, strict=True)]
-    requests = [_request(subject, trace, size) for (_, trace, _), size in zip(probes, sizes, strict=True)]
+    requests: list[Request] = []
+    cached: list[int | None] = []
+    for method, size in zip(methods, sizes, strict=True):
+        _, trace, kv = subject.ask(method, size)
+        requests.append(_request(subject, trace, size))  # the trace itself holds tensors
+        cached.append(kv)
+    del trace
     runs: list[Callable[[], Seconds]] = [
         partial(lambda m, n: subject.ask(m, n)[0], m, n) for m, n in zip(methods, sizes, strict=True)
     ]
     if hf:
-        theirs = Theirs(subject=subject, tokens=probes[0][1].sequence_lengths[0] - subject.text)
-        runs.append(partial(theirs.ask, sizes[0]))
+        theirs = Theirs(subject=subject, tokens=requests[0].tokens[0] - subject.text)
+        sizes.append(batch or _room(theirs.ask, sizes[0]))
+        requests.append(replace(requests[0], batch=sizes[-1]))
+        cached.append(None)
+        runs.append(partial(theirs.ask, sizes[-1]))
     taken = [spreads(one) for one in alternate(runs, repeats)]
     peaks = [peak_bytes(run, subject.device) for run in runs]
     rows: list[dict[str, Any]] = []
     for index, (parts, peak) in enumerate(zip(taken, peaks, strict=True)):
-        ours = index < len(methods)
-        size = sizes[index] if ours else sizes[0]
+        ours, size = index < len(methods), sizes[index]
         row: dict[str, Any] = {
             "method": str(methods[index]) if ours else HF,
             "batch": size,
-            "tokens": requests[index].tokens[0] if ours else requests[0].tokens[0],
+            "tokens": requests[index].tokens[0],
             "tokens_per_layer": list(requests[index].tokens) if ours else None,
             "seconds": {part: asdict(spread) for part, spread in parts.items()},
             "peak_bytes": peak,
-            "kv_bytes": probes[index][2] if ours else None,
+            "kv_bytes": cached[index],
         }
         for span in ("first token", "request"):
             row[span] = _speedup(taken, index, span, sizes[0] / size)
@@ -239,10 +225,19 @@ def _most(subject: Subject, method: Compressor) -> int:
     """How many requests fit into the device's memory."""
     if subject.device.type != "cuda":
         raise InputError("--batch-size max needs a CUDA device, whose memory is the limit; give a number")
-    found = largest(lambda batch: subject.ask(method, batch), 1024)
+    return _room(lambda batch: subject.ask(method, batch), 1024, str(method))
+
+
+def _room(ask: Callable[[int], Any], most: int, name: str = HF) -> int:
+    """A tenth less than what fits, as in turns with others there is a little less room.
+
+    Raises:
+        InputError: not one request fits.
+    """
+    found = largest(ask, most)
     if not found:
-        raise InputError(f"not one request with {method} fits into the device's memory; take a smaller --model")
-    return found
+        raise InputError(f"not one request with {name} fits into the device's memory; take a smaller --model")
+    return found - found // 10
 
 
 def text(rows: Sequence[dict[str, Any]], output: int) -> str:
@@ -282,8 +277,12 @@ def subject_of(args: argparse.Namespace) -> Subject:
         InputError: there is none.
     """
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cuda", "cpu"):
+        raise InputError(f"--device {args.device}: what runs elsewhere cannot be timed; give cuda or cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {args.device}: no CUDA device is available; leave the option out to run on the CPU")
+    if device.type == "cuda":  # one of them, whose memory is measured
+        device = torch.device("cuda", device.index or 0)
     dtype = DTYPES[args.dtype]
     if args.model in MODELS:
         shape = load(args.model)
@@ -339,7 +338,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile-naive", action="store_true", help="measure the naive arrangement's stages instead")
     parser.add_argument("--stages", nargs="+", choices=naive_profile.STAGES, default=naive_profile.STAGES, help="of it")
     parser.add_argument("--static-cache", action="store_true", help="decode with a KV cache of fixed size")
-    parser.add_argument("--compile", action="store_true", help="compile the tower's layers with torch.compile")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the tower's layers (not those where a method merges)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -82,7 +82,9 @@ def splice(
     for index, segments in enumerate(cuts):
         parts = _interleave(words, images, len(segments))
         embeds.append(torch.cat([part.to(parts[0]) for part in parts]))
-        roles.append(torch.cat([_role(number, part, origins) for number, part in enumerate(parts)]))
+        # Of a model on several devices, images may come from another one than words.
+        embedded = embeds[-1].device
+        roles.append(torch.cat([_role(number, part, origins).to(embedded) for number, part in enumerate(parts)]))
         if len(parts) == 1:
             roles[-1].fill_(TEXT)
         prefixes.append(sum(map(len, parts[:-1])) if len(parts) > 1 else 0)

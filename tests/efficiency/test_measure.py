@@ -13,7 +13,8 @@ import torch
 from llava.compress import get
 from llava.compress.trace import Trace
 from llava.efficiency import measure, naive_profile
-from llava.efficiency.measure import HF, Subject, Theirs, ideal, phi, subject_of, work
+from llava.efficiency.ideal import ideal, phi, work
+from llava.efficiency.measure import HF, Subject, Theirs, subject_of
 from llava.efficiency.ops import Fusion, total
 from llava.efficiency.request import Request
 from llava.efficiency.shapes import MODELS
@@ -110,19 +111,19 @@ def test_both_models_are_asked_the_same(subject: Subject, monkeypatch: pytest.Mo
     assert ours.shape == (1, 4)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_ideal_request_scales_every_stage_by_its_work(subject: Subject, batch: int) -> None:
-    def request(spec: str) -> Request:
+@pytest.mark.parametrize(("batch", "more"), [(1, 1), (3, 1), (2, 4)])
+def test_the_ideal_request_scales_every_stage_by_its_work(subject: Subject, batch: int, more: int) -> None:
+    def request(spec: str, batch: int) -> Request:
         trace: Trace = subject.ask(get(spec), 1)[1]
         return measure._request(subject, trace, batch)
 
-    before, after = request("none"), request("globalcom2(retention_ratio=0.25)")
+    before, after = request("none", batch), request("globalcom2(retention_ratio=0.25)", batch * more)
     base = {"preprocessing": 1.0, "tower": 8.0, "selection": 0.5, "projector": 2.0, "prefill": 40.0, "decode": 6.0}
     found = ideal(base | {"other": 3.0}, before, after)
     kept = {name: sum(op.flops * op.times for op in ops) for name, ops in after.stages(Fusion.ATTENTION).items()}
     full = {name: sum(op.flops * op.times for op in ops) for name, ops in before.stages(Fusion.ATTENTION).items()}
-    assert (found["preprocessing"], found["other"], found["tower"]) == (1, 3, 8)
-    assert found["projector"] == pytest.approx(2 * after.kept / before.kept)
+    assert (found["preprocessing"], found["other"], found["tower"]) == (more, 3 * more, 8 * more)
+    assert found["projector"] == pytest.approx(2 * more * after.kept / before.kept)
     assert found["prefill"] == pytest.approx(40 * kept["prefill"] / full["prefill"])
     assert found["selection"] == pytest.approx(8 * kept["selection"] / full["tower"])
     moved = [total(each.stages(Fusion.ATTENTION)["decode"]).bytes for each in (after, before)]
@@ -130,7 +131,7 @@ def test_the_ideal_request_scales_every_stage_by_its_work(subject: Subject, batc
     parts = ("preprocessing", "other", "tower", "projector", "prefill", "selection")
     assert found["first token"] == pytest.approx(sum(found[part] for part in parts))
     assert found["request"] == pytest.approx(found["first token"] + found["decode"])
-    assert work(before)["tower"] == work(after)["tower"]
+    assert more * work(before)["tower"] == work(after)["tower"]
 
 
 def test_the_share_of_what_can_be_saved() -> None:
@@ -166,6 +167,26 @@ def test_options_reach_the_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     head, _, *lines = out.splitlines()[2:]
     steps = [cell.strip() for cell in head.split("|")].index("per step")
     assert [line.split("|")[steps].strip() for line in lines] == ["–", "–"]  # the first token alone is no step
+
+
+def test_a_static_cache_has_the_size_of_its_own_request(run: Run) -> None:
+    """And not that of the longest one before, which transformers remembers."""
+    code, out, _ = run("--static-cache", "--ratios", 0.1, "--json")
+    full, compressed = rows_of(out)
+    assert code == 0
+    assert compressed["kv_bytes"] < 0.5 * full["kv_bytes"]
+
+
+def test_transformers_model_has_a_batch_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it needs more memory it answers fewer at once, and is compared request by request."""
+    monkeypatch.setattr(measure, "_most", lambda subject, method: 4)
+    monkeypatch.setattr(measure, "_room", lambda ask, most, *name: most // 2)
+    code, out, _ = run("--batch-size", "max", "--against", "hf", "--ratios", 0.5, "--json")
+    assert code == 0
+    rows = rows_of(out)
+    assert [row["batch"] for row in rows] == [4, 4, 2]
+    took = [row["seconds"]["request"]["median"] for row in rows]
+    assert rows[2]["request"]["speedup"] == pytest.approx(took[0] / took[2] / 2)
 
 
 def test_the_text_says_what_the_data_say(run: Run) -> None:
@@ -268,6 +289,7 @@ def test_a_checkpoint_is_measured_as_it_is(subject: Subject) -> None:
         (["--method", "fastv", "--ratios", "0.1"], "fastv"),
         (["--dtype", "float8"], "float8"),
         (["--device", "cuda"], "no CUDA device"),
+        (["--device", "meta"], "cannot be timed"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run: Run, words: list[str], said: str) -> None:
@@ -280,7 +302,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run: Run, words: list[str], said:
 
 def test_the_largest_batch_needs_one_that_fits(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Subject, "device", torch.device("cuda"))
-    rooms = iter([0, 5])
+    rooms = iter([0, 50])
 
     def ask(room: int) -> Callable[..., None]:
         def answer(self: Subject, method: Any, batch: int) -> None:
@@ -293,4 +315,4 @@ def test_the_largest_batch_needs_one_that_fits(subject: Subject, monkeypatch: py
     with pytest.raises(measure.InputError, match="not one request"):
         measure._most(subject, get("none"))
     monkeypatch.setattr(Subject, "ask", ask(next(rooms)))
-    assert measure._most(subject, get("none")) == 5
+    assert measure._most(subject, get("none")) == 45  # a tenth is left free

@@ -180,6 +180,7 @@ class Inside:
         before, look, layer = self._stages[-1], self._look, max(self._stage_of)
         if look is None or self._embeds is None:
             raise RuntimeError("tokens can be reduced at an LLM point only")
+        self._follow(hidden.device)
         tokens = LayerTokens(
             layer=layer,
             depth=self.depth,
@@ -203,6 +204,16 @@ class Inside:
         self._stages.append(_Stage(first=layer + 1, role=role, positions=positions, n_visual=reduction.n_visual))
         hidden = hidden if reduction.hidden is None else reduction.hidden
         return hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _follow(self, device: torch.device) -> None:
+        """Bring what a method looks at to the device of the layer at a point: a model may lie on several."""
+        before, look = self._stages[-1], self._look
+        before.role, before.positions = before.role.to(device), before.positions.to(device)
+        if look is not None:
+            cos, sin = look.rotary
+            look.rotary, look.role = (cos.to(device), sin.to(device)), before.role
+        self._embeds = None if self._embeds is None else self._embeds.to(device)
+        self._memo = {name: tensor.to(device) for name, tensor in self._memo.items()}
 
     def _append(self, stage: _Stage, new: int) -> None:
         """Take in the tokens of a decoding step: they follow the last of the prompt, whichever way it was counted."""
