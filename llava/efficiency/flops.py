@@ -260,7 +260,7 @@ def _decoder_layer(shape: Language, queries: int, left: int, held: int, batch: i
 
 
 def _angles(shape: Language, rows: int, fusion: Fusion) -> Ops:
-    """The rotation of every position, an outer product in transformers; once for all layers that see the same."""
+    """The rotation of every position, once for all layers that see the same; a product up to transformers 5.22."""
     if fusion is Fusion.ALL:
         return ()
     half = rows * (shape.head_width // 2)
