@@ -24,7 +24,7 @@ IMG = IMAGE_TOKEN_INDEX
 SIZES = {(2, 2): (160, 120), (1, 2): (70, 160), (2, 1): (168, 84), (3, 1): (500, 150), (1, 3): (90, 400)}
 PROMPTS = [torch.tensor(ids) for ids in ([1, 9, IMG, 5, 6, 7], [1, IMG, 8, 8, 30, 31, 5, 60], [1, 44, IMG, 5])]
 BATCH = [(160, 120), (500, 150), (70, 160)]
-GREEDY = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
+GREEDY = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0}
 
 every_method = pytest.mark.parametrize("name", available())
 every_model = pytest.mark.parametrize("version", ["v1.5", "v1.6-vicuna"])
@@ -80,7 +80,7 @@ def test_single_images_of_every_grid(ask: Any, name: str, version: str, dtype: s
         (image,) = trace.images
         assert image.grid.crops == (grid if version != "v1.5" else None)
         kept_are_valid_and_as_planned(trace)
-        assert 1 <= out.shape[1] <= 5
+        assert 1 <= out.shape[1] <= 3
         (ran,) = trace.visual_per_layer
         assert list(ran) == sorted(ran, reverse=True)
         assert ran[0] == len(image.packed.origin)
