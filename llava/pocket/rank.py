@@ -76,9 +76,13 @@ def add_up(runs: Sequence[Run], data: Path) -> dict[Key, Sums]:
 
 
 def mean_of_tasks(sums: Sums, times: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the mean over tasks `[D]` of D draws of scenes, `times [D, S]` saying how often each came up."""
+    """Return the mean over tasks `[D]` of D draws of scenes, `times [D, S]` saying how often each came up.
+
+    A draw without a single question of some task has none: NaN.
+    """
     drawn = times @ sums  # [10, D, 2]
-    means: NDArray[np.float64] = (drawn[..., 0] / drawn[..., 1]).mean(0)
+    with np.errstate(invalid="ignore"):
+        means: NDArray[np.float64] = (drawn[..., 0] / drawn[..., 1]).mean(0)
     return means
 
 
@@ -94,7 +98,9 @@ def compare(ours: Sums, theirs: Sums | None = None, seed: int = 0) -> Interval:
     times = np.random.default_rng(seed).multinomial(scenes, np.full(scenes, 1 / scenes), size=RESAMPLES)
     times = np.vstack((np.ones(scenes), times))  # first what was measured, then the draws
     means = mean_of_tasks(ours, times) - (0 if theirs is None else mean_of_tasks(theirs, times))
-    low, high = np.percentile(means[1:], [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    drawn = means[1:][np.isfinite(means[1:])]
+    drawn = drawn if len(drawn) else np.array([np.nan])
+    low, high = np.percentile(drawn, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
     return Interval(float(means[0]), float(low), float(high), int(ours[..., 1].sum()))
 
 

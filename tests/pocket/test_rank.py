@@ -112,6 +112,16 @@ def test_by_hand() -> None:
     assert found.n == 40
 
 
+def test_draws_without_a_task_do_not_count() -> None:
+    """One of three scenes has no question of the first task, one has none of the second."""
+    sums = np.tile(np.array([[100.0, 1], [50, 1], [0, 1]]), (10, 1, 1))
+    sums[0, 0] = sums[1, 1] = 0
+    found = compare(sums)
+    assert 0 <= found.low < found.value < found.high <= 100
+    with np.errstate(all="raise"):
+        assert np.isnan(compare(np.zeros((10, 3, 2))).low)
+
+
 def test_the_table_puts_the_best_first(answer: Any, data: Path) -> None:
     answer("none()", lambda scene: True)
     answer("random(retention_ratio=0.25)", lambda scene: scene % 3 == 0)
