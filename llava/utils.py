@@ -98,12 +98,21 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: a GPU was asked for by name and there is none.
     """
-    import torch
-
-    if str(args.device).startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {args.device}: no CUDA device is available; leave the option out to run on the CPU")
+    require_cuda(args.device)
     names = ("load_8bit", "load_4bit", "dtype", "vision_tower", "device")
     return {name: getattr(args, name) for name in names if getattr(args, name)}
+
+
+def require_cuda(device: str | None) -> None:
+    """Refuse the option --device where it names a GPU and there is none.
+
+    Raises:
+        InputError: so it is.
+    """
+    import torch
+
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: no CUDA device is available; leave the option out to run on the CPU")
 
 
 def new_figure(width: float, height: float) -> Any:

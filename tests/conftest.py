@@ -1,6 +1,7 @@
 """Fixtures: miniature checkpoints in the published format, loaded through the real path; no network, fixed seeds."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("LLAVA_RETENTION_RATIO", None)
@@ -17,6 +18,7 @@ from PIL import Image
 
 from llava.model.builder import load_pretrained_model
 from llava.model.miniature import write_miniature
+from llava.utils import run_command
 
 # One thread per worker: the models are tiny and the suite runs one worker per core.
 torch.set_num_threads(1)
@@ -62,3 +64,22 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     coarse = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((width, height))
     fine = rng.integers(-60, 60, (height, width, 3))
     return Image.fromarray(np.clip(np.asarray(coarse) + fine, 0, 255).astype(np.uint8))
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command's `main` with words; returns exit code, stdout and stderr."""
+
+    def run(main: Callable[[], None], *words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+        code = 0
+        try:
+            run_command(main)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return run

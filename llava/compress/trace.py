@@ -12,6 +12,9 @@ from llava.anyres import AnyResGrid
 from llava.compress.base import Compressor, Plan, Selection
 from llava.compress.pack import Packed
 
+Moment = float | torch.cuda.Event
+"""A point in time: of this process, or in the work of a CUDA device, which is not made to wait by asking."""
+
 
 @dataclass(kw_only=True)
 class ImageTrace:
@@ -92,7 +95,7 @@ class Trace:
     """Text tokens behind the first image, per row: what methods take for the question. All of a row without images."""
     visual_per_layer: list[tuple[int, ...]] = field(default_factory=list)
     """Per row of the batch, the image tokens, newlines included, that every layer of the language model ran on."""
-    spans: list[tuple[str, "Moment", "Moment"]] = field(default_factory=list, repr=False)
+    spans: list[tuple[str, Moment, Moment]] = field(default_factory=list, repr=False)
     """What was timed: stage, beginning and end."""
 
     def add(self, method: Compressor, image: ImageTrace) -> None:
@@ -156,10 +159,6 @@ class GenerationClock:
         if self.trace and self.start is not None and self.first is not None:
             spans = [("prefill", self.start, self.first), ("decode", self.first, moment(self.device))]
             self.trace.spans += spans
-
-
-Moment = float | torch.cuda.Event
-"""A point in time: of this process, or in the work of a CUDA device, which is not made to wait by asking."""
 
 
 def moment(device: torch.device) -> Moment:

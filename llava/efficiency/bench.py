@@ -48,7 +48,8 @@ def alternate(runs: Sequence[Callable[[], Seconds]], repeats: int) -> list[list[
         run()
     taken: list[list[Seconds]] = [[] for _ in runs]
     for turn in range(repeats):
-        for index in sorted(range(len(runs)), key=lambda i: (i - turn) % len(runs), reverse=turn % 2 == 1):
+        order = [(turn + place) % len(runs) for place in range(len(runs))]
+        for index in order if turn % 2 == 0 else reversed(order):
             taken[index].append(runs[index]())
     return taken
 

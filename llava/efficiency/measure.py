@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ from llava.efficiency import naive_profile, transformers_next
 from llava.efficiency.__main__ import image_size
 from llava.efficiency.bench import (
     Seconds,
-    Spread,
     alternate,
     largest,
     machine,
@@ -38,20 +37,32 @@ from llava.efficiency.bench import (
 )
 from llava.efficiency.build import DTYPES, image_processor, random_model
 from llava.efficiency.ideal import ideal, phi
-from llava.efficiency.methods import trace_requests
+from llava.efficiency.methods import plan_request, trace_requests
 from llava.efficiency.request import Request
 from llava.efficiency.shapes import MODELS, Model, from_config, load
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
-from llava.utils import OneLineParser, at_least, ratio_argument, run_command
+from llava.utils import OneLineParser, at_least, ratio_argument, require_cuda, run_command
 
 STAGES = {"vision": "tower", "selection": "selection", "packing": "projector", "prefill": "prefill", "decode": "decode"}
 """What a trace calls a stage, and what it is called here; placing tokens counts to the projector."""
 FIRST = ("preprocessing", "tower", "selection", "projector", "prefill")
 """What must be done before the first token."""
 HF = "transformers' LlavaNext"
+HOST = torch.device("cpu")
 PLACEHOLDER = 0
 """An id that no prompt here has."""
+
+
+class Answered(NamedTuple):
+    """What came of asking once."""
+
+    seconds: dict[str, float]
+    """Of every part."""
+    trace: Trace | None = None
+    """What happened; of transformers' model nobody knows."""
+    cached: int | None = None
+    """Bytes of the KV cache."""
 
 
 @dataclass(kw_only=True)
@@ -83,13 +94,14 @@ class Subject:
         half = self.text // 2
         return torch.cat((ids[:half], torch.full((tokens,), placeholder), ids[half:])).expand(batch, -1)
 
-    def ask(self, method: Compressor, batch: int) -> tuple[dict[str, float], Trace, int]:
-        """Answer once; returns seconds of every stage, what happened, and the bytes of the KV cache."""
+    def ask(self, method: Compressor, batch: int) -> Answered:
+        """Answer once."""
         trace, self.model.method = Trace(), method
         forget_length(self.model)
 
         def answer() -> tuple[Any, float]:
-            views, before = timed(self._views(batch), torch.device("cpu"))
+            images = [self.image] * batch
+            views, before = timed(lambda: process_images(images, self.processor, self.model.config), HOST)
             sizes = [self.image.size] * batch
             more = {"return_dict_in_generate": True, "trace": trace, **self.settings}
             given = self.prompt(IMAGE_TOKEN_INDEX, 1, batch)
@@ -97,10 +109,7 @@ class Subject:
 
         (answered, before), whole = timed(answer, self.device)
         seconds = {"preprocessing": before} | {STAGES[name]: taken for name, taken in trace.seconds.items()}
-        return _complete(seconds, whole), trace, _cache_bytes(answered.past_key_values)
-
-    def _views(self, batch: int) -> Callable[[], Any]:
-        return lambda: process_images([self.image] * batch, self.processor, self.model.config)
+        return Answered(_complete(seconds, whole), trace, _cache_bytes(answered.past_key_values))
 
 
 @dataclass(kw_only=True)
@@ -119,16 +128,14 @@ class Theirs:
         self.model = transformers_next.around(subject.model, PLACEHOLDER, pinpoints)
         self.processor = transformers_next.processor(subject.shape.tower.image_size, pinpoints)
 
-    def ask(self, batch: int) -> dict[str, float]:
+    def ask(self, batch: int) -> Answered:
         """Answer once; tower, projector and prefill cannot be told apart."""
         subject, trace = self.subject, Trace()
         device = subject.device
         forget_length(self.model)
 
         def answer() -> float:
-            views, before = timed(
-                lambda: self.processor([subject.image] * batch, return_tensors="pt"), torch.device("cpu")
-            )
+            views, before = timed(lambda: self.processor([subject.image] * batch, return_tensors="pt"), HOST)
             clock = GenerationClock(trace, device)
             ids = subject.prompt(PLACEHOLDER, self.tokens, batch).to(device)
             views["pixel_values"] = views["pixel_values"].to(device).to(subject.model.dtype)
@@ -138,7 +145,7 @@ class Theirs:
             return before
 
         before, whole = timed(answer, device)
-        return _complete({"preprocessing": before, **trace.seconds}, whole)
+        return Answered(_complete({"preprocessing": before, **trace.seconds}, whole))
 
 
 def forget_length(model: Any) -> None:
@@ -169,51 +176,51 @@ def measure(subject: Subject, methods: Sequence[Compressor], batch: int | None, 
     Raises:
         InputError: not one request fits, or a method cannot meet its ratio.
     """
-    sizes = [batch or _most(subject, method) for method in methods]
-    requests: list[Request] = []
-    cached: list[int | None] = []
-    for method, size in zip(methods, sizes, strict=True):
-        _, trace, kv = subject.ask(method, size)
-        requests.append(_request(subject, trace, size))  # the trace itself holds tensors
-        cached.append(kv)
-    del trace
-    runs: list[Callable[[], Seconds]] = [
-        partial(lambda m, n: subject.ask(m, n)[0], m, n) for m, n in zip(methods, sizes, strict=True)
-    ]
+    names, sizes = [str(method) for method in methods], [batch or _most(subject, method) for method in methods]
+    asks: list[Callable[[], Answered]] = [partial(subject.ask, *each) for each in zip(methods, sizes, strict=True)]
     if hf:
-        theirs = Theirs(subject=subject, tokens=requests[0].tokens[0] - subject.text)
+        theirs = Theirs(subject=subject, tokens=plan_request(subject.shape, get("none"), subject.image.size).visual)
+        names.append(HF)
         sizes.append(batch or _room(theirs.ask, sizes[0]))
-        requests.append(replace(requests[0], batch=sizes[-1]))
-        cached.append(None)
-        runs.append(partial(theirs.ask, sizes[-1]))
-    taken = [spreads(one) for one in alternate(runs, repeats)]
-    peaks = [peak_bytes(run, subject.device) for run in runs]
+        asks.append(partial(theirs.ask, sizes[-1]))
+    taken = [spreads(one) for one in alternate([partial(_seconds, ask) for ask in asks], repeats)]
+    base = {part: spread.median for part, spread in taken[0].items()}
+    weighed = [_weigh(subject, ask, size) for ask, size in zip(asks, sizes, strict=True)]
+    before = cast(Request, weighed[0][1])  # ours
     rows: list[dict[str, Any]] = []
-    for index, (parts, peak) in enumerate(zip(taken, peaks, strict=True)):
-        ours, size = index < len(methods), sizes[index]
+    for name, size, parts, (peak, request, cached) in zip(names, sizes, taken, weighed, strict=True):
+        limit = None if request is None or request is before else ideal(base, before, request)
         row: dict[str, Any] = {
-            "method": str(methods[index]) if ours else HF,
+            "method": name,
             "batch": size,
-            "tokens": requests[index].tokens[0],
-            "tokens_per_layer": list(requests[index].tokens) if ours else None,
+            "tokens": (request or before).tokens[0],
+            "tokens_per_layer": None if request is None else list(request.tokens),
             "seconds": {part: asdict(spread) for part, spread in parts.items()},
             "peak_bytes": peak,
-            "kv_bytes": cached[index],
+            "kv_bytes": cached,
         }
+        share = size / sizes[0]
         for span in ("first token", "request"):
-            row[span] = _speedup(taken, index, span, sizes[0] / size)
-        if ours and index:
-            base = {part: spread.median for part, spread in taken[0].items()}
-            limit = ideal(base, requests[0], requests[index])
-            for span in ("first token", "request"):
-                row[span]["limit"] = base[span] / limit[span] * size / sizes[0]
+            row[span] = {"speedup": base[span] / parts[span].median * share}
+            if limit is not None:
+                row[span]["limit"] = base[span] / limit[span] * share
                 row[span]["phi"] = phi(row[span]["speedup"], row[span]["limit"])
         rows.append(row)
     return rows
 
 
-def _speedup(taken: Sequence[dict[str, Spread]], index: int, span: str, batches: float) -> dict[str, Any]:
-    return {"speedup": taken[0][span].median / taken[index][span].median / batches}
+def _seconds(ask: Callable[[], Answered]) -> Seconds:
+    return ask().seconds
+
+
+def _weigh(subject: Subject, ask: Callable[[], Answered], batch: int) -> tuple[int, Request | None, int | None]:
+    """Answer once more: the most bytes held meanwhile, what was run, and the bytes of the KV cache."""
+    last: list[Answered] = []
+    peak = peak_bytes(lambda: last.append(ask()), subject.device)
+    (answered,) = last
+    # The trace holds tensors, the request numbers alone.
+    request = None if answered.trace is None else _request(subject, answered.trace, batch)
+    return peak, request, answered.cached
 
 
 def _request(subject: Subject, trace: Trace, batch: int) -> Request:
@@ -279,8 +286,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type not in ("cuda", "cpu"):
         raise InputError(f"--device {args.device}: what runs elsewhere cannot be timed; give cuda or cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {args.device}: no CUDA device is available; leave the option out to run on the CPU")
+    require_cuda(args.device)
     if device.type == "cuda":  # one of them, whose memory is measured
         device = torch.device("cuda", device.index or 0)
     dtype = DTYPES[args.dtype]

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llava.anyres import AnyResGrid
 from llava.compress import get
-from llava.compress.attach import attach
-from llava.compress.base import Compressor, Views
+from llava.compress.base import Compressor, Layout, Views
 from llava.compress.pack import pack
 from llava.constants import InputError
 from llava.efficiency import naive
@@ -27,16 +27,6 @@ from llava.model.views import view_images
 CHEAP = 5
 """How many times as often stages are run that take little time."""
 Arrangements = dict[str, Callable[[], Any]]
-
-
-def encode(model: Any, pixels: Tensor, image_size: tuple[int, int], method: Compressor) -> Views:
-    """Run the tower as the model does, for one image `[V, 3, S, S]`."""
-    tower = model.get_vision_tower()
-    views, grids, layout = view_images([pixels], [image_size], model.config, tower)
-    with attach(tower=tower.vision_tower, method=method, depth=tower.depth, grids=grids, layout=layout) as session:
-        hidden = tower.hidden(torch.cat(views))
-        session.finish(tower.depth, hidden)
-    return session.views(hidden, grids, layout)[0]
 
 
 STAGES = ("preprocessing", "tower", "selection", "projector")
@@ -84,15 +74,16 @@ def measure(
     row("preprocessing", {"naive": partial(naive.preprocess, image, processor, pinpoints), "ours": ours})
 
     pixels = pixels.to(tower.device, tower.dtype)
+    _, (grid,), layout = view_images([pixels], [image.size], model.config, tower)
     if "tower" in stages:
-        run = partial(encode, model, pixels, image.size, get("globalcom2"))
-        views, (features, scores) = run(), naive.encode(tower, pixels)
+        run = partial(tower.views, [pixels], [grid], layout, get("globalcom2"))
+        (views,), (features, scores) = run(), naive.encode(tower, pixels)
         own = views.cls_logits[-1][:, :, 1:].mean(1)
         _agree("features", _close(features, views.features))
         _agree("scores", _close(scores, own))
         row("tower", {"naive": partial(naive.encode, tower, pixels), "ours": run}, times=1)
     else:
-        views = _noise(model, pixels, image.size)
+        views = _noise(tower, grid, layout)
     for ratio in ratios:
         if ratio < 1:
             for name, arrangements in _at_ratio(model.get_model(), views, ratio).items():
@@ -100,12 +91,11 @@ def measure(
     return rows
 
 
-def _noise(model: Any, pixels: Tensor, image_size: tuple[int, int]) -> Views:
+def _noise(tower: Any, grid: AnyResGrid, layout: Layout) -> Views:
     """What the tower might make of an image."""
-    tower = model.get_vision_tower()
-    _, (grid,), layout = view_images([pixels], [image_size], model.config, tower)
-    hidden = torch.randn(grid.n_views, 1 + grid.patches_per_view, tower.hidden_size).to(pixels)
-    logits = torch.randn(grid.n_views, tower.config.num_attention_heads, hidden.shape[1], device=pixels.device)
+    shape, heads = (grid.n_views, 1 + grid.patches_per_view), tower.config.num_attention_heads
+    hidden = torch.randn(*shape, tower.hidden_size, device=tower.device, dtype=tower.dtype)
+    logits = torch.randn(shape[0], heads, shape[1], device=tower.device)
     return Views(features=hidden[:, 1:], grid=grid, cls_logits={-1: logits}, layout=layout)
 
 

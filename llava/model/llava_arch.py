@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from llava.anyres import AnyResGrid
 from llava.compress import base
 from llava.compress.allocation import ALLOCATIONS, crop_importance, crop_ratios, crop_weights
-from llava.compress.attach import attach
 from llava.compress.base import Compressor, Layout, Plan, Selection, Taps, Views
 from llava.compress.pack import Packed, pack
 from llava.compress.tokens import apportion, budget, fill_shares, top_indices, unit
@@ -303,14 +302,9 @@ class LlavaMetaForCausalLM:
         tower, inner, method = self.get_vision_tower(), self.get_model(), self.method
         clock = trace.clock if trace else lambda *_: nullcontext()
         pixels, grids, layout = view_images(images, image_sizes, self.config, tower)
-        at_work = attach(tower=tower.vision_tower, method=method, depth=tower.depth, grids=grids, layout=layout)
-        with clock("vision", tower.device), at_work as session:
-            # Moved before it is cast, as a cast on the host would wait and leave page-locked memory.
-            moved = [image.to(tower.device, non_blocking=image.is_pinned()).to(tower.dtype) for image in pixels]
-            hidden = tower.hidden(torch.cat(moved))
-            session.finish(tower.depth, hidden)
+        with clock("vision", tower.device):
+            batch = tower.views(pixels, grids, layout, method)
         with clock("selection", tower.device):
-            batch = session.views(hidden, grids, layout)
             selections = method.select_all(batch)
         with clock("packing", tower.device):
             newline = getattr(inner, "image_newline", None)

@@ -1,7 +1,6 @@
 """The measuring command on a miniature: what it counts is true; how long things take is nobody's business here."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,28 +17,21 @@ from llava.efficiency.measure import HF, Subject, Theirs, subject_of
 from llava.efficiency.ops import Fusion, total
 from llava.efficiency.request import Request
 from llava.efficiency.shapes import MODELS
-from llava.utils import run_command
-from tests.conftest import picture
+from tests.conftest import Command, picture
 
 Run = Callable[..., tuple[int, str, str]]
 PARTS = {"preprocessing", "tower", "selection", "projector", "prefill", "decode", "other", "first token", "request"}
 
 
 @pytest.fixture
-def run(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(checkpoint: Callable[..., Path], command: Command) -> Run:
     """Run the command on a miniature; returns exit code, stdout and stderr."""
 
-    def command(*words: object, model: object = None) -> tuple[int, str, str]:
+    def measured(*words: object, model: object = None) -> tuple[int, str, str]:
         given = ["--model", model or checkpoint(), "--device", "cpu", "--dtype", "float32", "--image-size", "160x120"]
-        monkeypatch.setattr(sys, "argv", ["measure", *map(str, (*given, "--text-tokens", 9, "--repeats", 2, *words))])
-        code = 0
-        try:
-            run_command(measure.main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
+        return command(measure.main, *given, "--text-tokens", 9, "--repeats", 2, *words)
 
-    return command
+    return measured
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What methods need in memory: the meter against tensors counted by hand, and every method at a miniature's scale."""
 
 import json
-import sys
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from llava.compress.base import Compressor, Selection, Taps, Views
 from llava.compress.stages import LayerTokens, Reduction
 from llava.efficiency import peak
 from llava.efficiency.peak import MOVED, Geometry, Idle, answer, build, compare, measure
-from llava.utils import run_command
+from tests.conftest import Command
 
 SMALL = Geometry(
     width=32,
@@ -57,17 +56,11 @@ def test_leaving_the_arithmetic_out_changes_no_number() -> None:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def run(command: Command):
     def run(*arguments: str) -> tuple[int, str, str]:
         sizes = {name: value for name, value in vars(SMALL).items() if name != "image_size"}
         given = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
-        monkeypatch.setattr(sys, "argv", ["peak", *given, "--image-size=224x224", *arguments])
-        code = 0
-        try:
-            run_command(peak.main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
+        return command(peak.main, *given, "--image-size=224x224", *arguments)
 
     return run
 

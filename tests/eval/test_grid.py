@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 
 from llava.eval import answer, benchmarks, grid, table
 from llava.pocket.write import write_benchmarks
-from llava.utils import run_command
+from tests.conftest import Command
 from tests.pocket import tiny
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "v1_5" / "eval"
@@ -32,20 +31,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(checkpoint: Path, data: Path, command: Command) -> Run:
     """Run the command; returns exit code, stdout and stderr."""
 
-    def command(out: Path, *more: object, program: Any = grid) -> tuple[int, str, str]:
+    def answered(out: Path, *more: object, program: Any = grid) -> tuple[int, str, str]:
         given = ["--model-path", checkpoint, "--data", data, "--out", out, "--max-new-tokens", 3, "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", ["grid", *map(str, (*given, *more))])
-        code = 0
-        try:
-            run_command(program.main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
+        return command(program.main, *given, *more)
 
-    return command
+    return answered
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,15 @@
 """The CLIP tower: all layers up to the one whose output LLaVA reads, and not one more."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from llava.anyres import AnyResGrid
+from llava.compress.attach import attach
+from llava.compress.base import Compressor, Layout, Views
 from llava.constants import InputError
 from llava.model.multimodal_encoder.builder import TOWER_REMEDY, image_processor, vision_config
 from llava.model.weights import load_model, refuse
@@ -73,6 +77,22 @@ class CLIPVisionTower(nn.Module):
         for layer in clip.encoder.layers[: self.depth]:
             hidden = layer(hidden, attention_mask=None)
         return hidden
+
+    def views(
+        self, pixels: Sequence[Tensor], grids: Sequence[AnyResGrid], layout: Layout, method: Compressor
+    ) -> list[Views]:
+        """Encode the views `[V, 3, S, S]` of several images in one call, and record what a method looks at.
+
+        Raises:
+            InputError: the method cannot meet its ratio in this tower.
+        """
+        # Moved before it is cast, as a cast on the host would wait and leave page-locked memory.
+        moved = [image.to(self.device, non_blocking=image.is_pinned()).to(self.dtype) for image in pixels]
+        at_work = attach(tower=self.vision_tower, method=method, depth=self.depth, grids=grids, layout=layout)
+        with at_work as session:
+            hidden = self.hidden(torch.cat(moved))
+            session.finish(self.depth, hidden)
+        return session.views(hidden, grids, layout)
 
     def compile_layers(self, **options: Any) -> None:
         """Let `torch.compile` make every layer that is run faster, in place; options are its own."""
