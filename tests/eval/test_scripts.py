@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch.distributed.run
 
 from llava.eval.benchmarks import available, get
 from llava.eval.benchmarks.base import read_jsonl
+from llava.model import llava_arch
 from llava.model.llava_arch import retention_ratio
 from llava.utils import OneLineParser
 from tests.eval.data import write_benchmark
@@ -184,6 +186,22 @@ def test_runs_that_differ_have_files_that_differ() -> None:
     # The ratio in force, wherever it comes from; without compression there is one.
     assert dry("textvqa", LLAVA_RETENTION_RATIO=0.5)[1] == dry("textvqa", RATIO=0.5)[1]
     assert dry("textvqa", METHOD="none")[1] == dry("textvqa", METHOD="none", RATIO=0.5)[1]
+
+
+@pytest.mark.parametrize(
+    ("above", "line", "ratio"), [("", "0.1", "0.1"), ("import json\n", "0.5  # half", "0.5"), ("# R\n", "1/4", "1_4")]
+)
+def test_the_edited_ratio_names_the_file_wherever_its_line_has_moved(
+    tmp_path: Path, above: str, line: str, ratio: str
+) -> None:
+    shutil.copytree(SCRIPTS, tmp_path / "scripts/v1_5/eval")
+    source = Path(llava_arch.__file__).read_text(encoding="utf-8").replace(f"= {retention_ratio}\n", f"= {line}\n")
+    (tmp_path / "llava/model").mkdir(parents=True)
+    (tmp_path / "llava/model/llava_arch.py").write_text(above + source, encoding="utf-8")
+    script = tmp_path / "scripts/v1_5/eval/textvqa.sh"
+    settings = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "DRY_RUN": "1"}
+    done = subprocess.run(["bash", script], env=settings, capture_output=True, text=True, check=True)
+    assert f"/globalcom2-{ratio}.jsonl " in done.stdout
 
 
 @pytest.mark.parametrize(("ocr", "there"), [(0, True), (1, False)])

@@ -14,8 +14,9 @@ devices=${CUDA_VISIBLE_DEVICES:-}
 commas=${devices//[^,]/}
 NUM_PROCESSES=${NUM_PROCESSES:-$((${#commas} + 1))}
 
-# The ratio in force names the answers file, so that runs at different ratios never meet, line 101 edited or not.
-line_101=$(sed -n '101s/^retention_ratio *= *\([0-9.]*\).*/\1/p' llava/model/llava_arch.py)
+# The ratio in force names the answers file, so that runs at different ratios never meet, line 101 edited or not, and
+# found by name, as an edit above it moves it.
+line_101=$(sed -n '/^retention_ratio *=/{s/[^=]*= *\([^ #]*\).*/\1/p;q;}' llava/model/llava_arch.py)
 ratio=${RATIO:-${LLAVA_RETENTION_RATIO:-$line_101}}
 [[ $METHOD != none ]] || ratio=1.0
 label=$(printf '%s' "$METHOD-$ratio${PROFILE:+-$PROFILE}${OCR:+-ocr$OCR}${LIMIT:+-first$LIMIT}" | tr -c 'A-Za-z0-9.=-' '_')
