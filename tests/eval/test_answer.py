@@ -144,6 +144,7 @@ def scatter(tmp_path: Path, name: str, wanted: list[dict[str, Any]], whole: str)
     return set(left)
 
 
+@pytest.mark.slow
 def test_a_run_of_three_is_continued_by_two_or_one(command, words, tmp_path):
     wanted = command("whole")[1]
     for name, launch in (("two", [*TORCHRUN, "2", "-m"]), ("one", ["-m"])):

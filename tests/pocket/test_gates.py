@@ -259,7 +259,7 @@ def test_controls_answer_the_whole_the_thumbnail_and_grey(tmp_path: Path) -> Non
     """An untrained checkpoint: every task has a figure under each, and the mean is theirs without the unanswerable."""
     path = str(checkpoint(tmp_path / "model"))
     data = write_benchmarks(tmp_path / "data", scenes=3)
-    found = controls(path, data, tmp_path / "out", ["--max-new-tokens", "2", "--device", "cpu"])
+    found = controls(path, data, tmp_path / "out", ["--max-new-tokens", "2", "--limit", "20", "--device", "cpu"])
     assert list(found) == ["full", "thumbnail", "blank"]
     for figures in found.values():
         assert figures.keys() == {*TASKS, "mean", "unanswerable"}
