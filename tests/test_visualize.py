@@ -1,7 +1,5 @@
 """Pictures: kept patches keep their colour, dropped ones are bleached, at the right place."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from llava import visualize
 from llava.compress import get
 from llava.compress.trace import Trace
 from llava.mm_utils import process_images
-from llava.utils import run_command
 from tests.conftest import picture
 
 
@@ -88,21 +85,18 @@ def test_every_crop_carries_its_ratio(traced, monkeypatch):
     assert written == [f"{k}/24 = {k / 24:.2f}" for k in counts]
 
 
-def test_command_writes_a_png(checkpoint, tmp_path, monkeypatch, capsys):
+def test_command_writes_a_png(checkpoint, tmp_path, command):
     photo, out = tmp_path / "photo.png", tmp_path / "kept.png"
     picture(300, 200).save(photo)
     arguments = ["--model-path", checkpoint(), "--image-file", photo, "--output", out, "--method", "uniform"]
-    monkeypatch.setattr(sys, "argv", ["visualize", *map(str, arguments)])
-    visualize.main()
+    code, said, _ = command(visualize.main, *arguments)
+    assert (code, said.strip()) == (0, str(out))
     assert Image.open(out).format == "PNG"
-    assert capsys.readouterr().out.strip() == str(out)
 
 
-def test_missing_output_folder_is_said_before_anything_runs(tmp_path, monkeypatch, capsys):
+def test_missing_output_folder_is_said_before_anything_runs(tmp_path, command):
     for output in (tmp_path / "no" / "kept.png", tmp_path, tmp_path / "kept.foo"):
-        arguments = ["--model-path", "nosuch", "--image-file", "nosuch.png", "--output", str(output)]
-        monkeypatch.setattr(sys, "argv", ["visualize", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            run_command(visualize.main)
-        assert stop.value.code == 2
-        assert "--output" in capsys.readouterr().err
+        arguments = ["--model-path", "nosuch", "--image-file", "nosuch.png", "--output", output]
+        code, _, err = command(visualize.main, *arguments)
+        assert code == 2
+        assert "--output" in err

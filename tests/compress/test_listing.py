@@ -3,22 +3,22 @@
 import dataclasses
 import json
 import re
-import sys
+from collections.abc import Callable
 
 import pytest
 
 from llava.compress import __main__ as listing
 from llava.compress import available, get, method_class
 from llava.compress.base import PROFILES, Compressor, Taps
-from llava.utils import run_command
+from tests.conftest import Command
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def run(command: Command) -> Callable[..., str]:
     def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["llava.compress", *arguments])
-        run_command(listing.main)
-        return capsys.readouterr().out
+        code, out, _ = command(listing.main, *arguments)
+        assert code == 0
+        return out
 
     return run
 
@@ -125,13 +125,8 @@ def test_a_field_keeps_the_docstring_of_the_class_nearest_to_it() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["nosuch"], ["Uniform"], ["base"], ["__main__"], ["none", "more"], ["--nosuch"]])
-def test_bad_input_is_one_line_and_exit_code_2(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["llava.compress", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        run_command(listing.main)
-    out, err = capsys.readouterr()
-    assert (caught.value.code, out) == (2, "")
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], command: Command) -> None:
+    code, out, err = command(listing.main, *arguments)
+    assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert arguments[-1] in err

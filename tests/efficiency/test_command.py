@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava.efficiency import __main__ as command
+from llava.efficiency import __main__ as efficiency
 from llava.efficiency import report
-from llava.utils import run_command
+from tests.conftest import Command
 from tests.efficiency.test_paper import PRINTED
 
 Run = Any
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(command: Command) -> Run:
     def go(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["llava.efficiency", *words])
-        run_command(command.main)
-        return capsys.readouterr().out
+        code, out, _ = command(efficiency.main, *words)
+        assert code == 0
+        return out
 
     return go
 
@@ -50,11 +50,9 @@ def test_paper_tables_as_json(run: Run) -> None:
     assert len(data["speedups"]) == 8
 
 
-def test_paper_tables_that_do_not_come_out_fail(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paper_tables_that_do_not_come_out_fail(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "paper_data", lambda: {"reproduced": 39, "printed": 40})
-    with pytest.raises(SystemExit) as stop:
-        run("--paper-tables", "--json")
-    assert stop.value.code == 1
+    assert command(efficiency.main, "--paper-tables", "--json")[0] == 1
 
 
 def test_paper_tables_need_no_torch() -> None:
@@ -150,19 +148,15 @@ def test_a_picture_is_drawn(run: Run, tmp_path: Path) -> None:
         assert len(set(image.convert("RGB").get_flattened_data())) > 50
 
 
-def test_without_matplotlib(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_without_matplotlib(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert_one_line(run, capsys, "drawing needs matplotlib", "--device", "H200", "--plot", str(tmp_path / "a.png"))
+    assert_one_line(command, "drawing needs matplotlib", "--device", "H200", "--plot", str(tmp_path / "a.png"))
 
 
-def assert_one_line(run: Run, capsys: Any, message: str, *words: str) -> None:
-    with pytest.raises(SystemExit) as stop:
-        run(*words)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2
+def assert_one_line(command: Command, message: str, *words: str) -> None:
+    code, out, err = command(efficiency.main, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
-    assert out == ""
-    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -185,5 +179,5 @@ def assert_one_line(run: Run, capsys: Any, message: str, *words: str) -> None:
         (("--nosuch",), "unrecognized arguments"),
     ],
 )
-def test_bad_input_is_one_line(run: Run, capsys: Any, words: tuple[str, ...], message: str) -> None:
-    assert_one_line(run, capsys, message, *words)
+def test_bad_input_is_one_line(command: Command, words: tuple[str, ...], message: str) -> None:
+    assert_one_line(command, message, *words)

@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from llava.eval import answer
-from llava.utils import run_command
 from tests.conftest import picture
 
 SIZES = [(300, 200), (90, 60), (60, 200), (84, 84), (500, 100)]
@@ -64,20 +63,16 @@ def words(checkpoint: Callable[..., Path], mixed: Path, tmp_path: Path) -> Calla
 
 
 @pytest.fixture
-def command(words: Callable[..., list[str]], monkeypatch, capsys, tmp_path, loaded) -> Callable[..., Any]:
+def command(words: Callable[..., list[str]], command, monkeypatch, tmp_path, loaded) -> Callable[..., Any]:
     """Run in this process, on the session's model; returns (exit code, rows, stdout, stderr)."""
 
     def run(name: str, *more: object, version: str = "v1.6-vicuna", **options: Any) -> Any:
-        monkeypatch.setattr(sys, "argv", ["answer", *words(name, *more, version=version, **options)])
         monkeypatch.setattr(answer, "load_pretrained_model", lambda *_, **__: loaded(version))
-        before, code = loaded(version).model.method, 0
-        try:
-            run_command(answer.main)
-        except SystemExit as stop:
-            code = stop.code
+        before = loaded(version).model.method
+        code, out, err = command(answer.main, *words(name, *more, version=version, **options))
         loaded(version).model.method = before
         file = tmp_path / name
-        return code, rows(file) if file.exists() else None, *capsys.readouterr()
+        return code, rows(file) if file.exists() else None, out, err
 
     return run
 
@@ -281,11 +276,9 @@ def test_an_answers_file_of_unknown_origin_is_left_alone(command, tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["--question-file", "--image-folder", "--model-path"])
-def test_what_is_missing_is_said_before_anything_is_written(words, tmp_path, broken, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["answer", *words("a", broken, "./nosuch")])
-    with pytest.raises(SystemExit, match="2"):
-        run_command(answer.main)
-    err = capsys.readouterr().err
+def test_what_is_missing_is_said_before_anything_is_written(command, tmp_path, broken):
+    code, _, _, err = command("a", broken, "./nosuch")
+    assert code == 2
     assert "nosuch" in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

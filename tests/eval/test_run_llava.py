@@ -12,7 +12,6 @@ from PIL import Image
 
 from llava.eval import run_llava
 from llava.eval.run_llava import ask, build_prompt, eval_model
-from llava.utils import run_command
 from tests.conftest import picture
 
 
@@ -24,18 +23,10 @@ def photo(tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, checkpoint):
-    """Run the command in this process; returns (exit code, stdout, stderr)."""
-
+def command(command, checkpoint):
     def run(*arguments, model=None, query="what is this?"):
-        argv = ["run_llava", "--model-path", str(model or checkpoint()), "--query", query, "--max-new-tokens", "4"]
-        monkeypatch.setattr(sys, "argv", [*argv, *map(str, arguments)])
-        code = 0
-        try:
-            run_command(run_llava.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        words = ["--model-path", model or checkpoint(), "--query", query, "--max-new-tokens", "4"]
+        return command(run_llava.main, *words, *arguments)
 
     return run
 

@@ -1,14 +1,12 @@
 """The table: the paper's own averages from its own scores, and refusal to compare what is not comparable."""
 
 import json
-import sys
 
 import pytest
 
 from llava.constants import InputError
 from llava.eval import benchmarks, table
 from llava.eval.published import COLUMNS, TABLES, TIMES, TITLES, UPPER
-from llava.utils import run_command
 from tests.eval.data import write_benchmark
 
 
@@ -122,18 +120,15 @@ def test_models_are_not_mixed(results):
     assert len(table.collect(root, data, "somewhere/else")) == 1
 
 
-def test_command(results, monkeypatch, capsys):
+def test_command(results, command):
     results("upper", "none()", 16)
     root, data = results("quarter", "globalcom2(retention_ratio=0.25)", 12)
-    monkeypatch.setattr(sys, "argv", ["table", "--root", str(root), "--data", str(data), "--json"])
-    run_command(table.main)
-    found = json.loads(capsys.readouterr().out)
+    code, out, _ = command(table.main, "--root", root, "--data", data, "--json")
+    found = json.loads(out)
+    assert code == 0
     assert [row["retention_ratio"] for row in found["rows"]] == [1.0, 0.25]
     assert found["rows"][1]["published"][1] == 61.4
-    monkeypatch.setattr(sys, "argv", ["table", "--root", str(root / "nosuch")])
-    with pytest.raises(SystemExit) as stop:
-        run_command(table.main)
-    assert stop.value.code == 2
+    assert command(table.main, "--root", root / "nosuch")[0] == 2
 
 
 def test_two_files_that_answer_the_same_are_told(results):

@@ -1,26 +1,20 @@
 """The throughput command counts right and compares equal answers; its times are nobody's business here."""
 
 import json
-import sys
+from functools import partial
 
 import pytest
 
 from llava.eval import throughput
-from llava.utils import run_command
 
 
-def command(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["throughput", "--scale", "miniature", "--device", "cpu", *arguments])
-    code = 0
-    try:
-        run_command(throughput.main)
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
+@pytest.fixture
+def command(command):
+    return partial(command, throughput.main, "--scale", "miniature", "--device", "cpu")
 
 
-def test_counts_and_equal_answers(monkeypatch, capsys):
-    code, out, _ = command(monkeypatch, capsys, "--images", "3", "--questions", "2", "--rounds", "2", "--json")
+def test_counts_and_equal_answers(command):
+    code, out, _ = command("--images", "3", "--questions", "2", "--rounds", "2", "--json")
     assert code == 0
     found = json.loads(out)
     assert [(row["method"], row["mode"]) for row in found["speeds"]] == [
@@ -33,15 +27,15 @@ def test_counts_and_equal_answers(monkeypatch, capsys):
     assert found["speeds"][0]["against_first"] == 1
 
 
-def test_for_people(monkeypatch, capsys):
-    code, out, _ = command(monkeypatch, capsys, "--images", "1", "--questions", "1", "--rounds", "5")
+def test_for_people(command):
+    code, out, _ = command("--images", "1", "--questions", "1", "--rounds", "5")
     assert code == 0
     assert out.count("question by question") == 2
     assert out.count("0 answers differ") == 2
 
 
-def test_bad_numbers_are_one_line(monkeypatch, capsys):
-    code, out, err = command(monkeypatch, capsys, "--images", "0")
+def test_bad_numbers_are_one_line(command):
+    code, out, err = command("--images", "0")
     assert (code, out, err.count("\n")) == (2, "", 1)
 
 

@@ -1,7 +1,6 @@
 """Ranking: figures that can be said by hand, on answers that are right as often as a test wants."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from llava.eval.table import collect
 from llava.pocket import rank
 from llava.pocket.gates import percent
 from llava.pocket.rank import add_up, as_markdown, compare, per_question, scene_of
-from llava.utils import run_command
+from tests.conftest import Command
 from tests.eval.benchmarks.rows import row
 from tests.pocket.test_write import data, right, truth_of, wrong
 
@@ -160,17 +159,14 @@ def test_methods_that_reach_less_stand_behind_and_those_without_a_ratio_apart(an
     assert fastv[3:] == ["–", ""]
 
 
-def test_what_is_not_there_is_said(answer: Any, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_what_is_not_there_is_said(answer: Any, data: Path, command: Command) -> None:
     root = answer("none()", lambda scene: True, ("gqa", "pope"))
     with pytest.raises(InputError, match="all ten tasks"):
         found_in(root, data)
     answer("random(retention_ratio=0.25)", lambda scene: True)
-    words = ["rank", "--root", str(root), "--data", str(data), "--against", "fastv"]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as stop:
-        run_command(rank.main)
-    assert stop.value.code == 2
-    assert "fastv has not answered" in capsys.readouterr().err
+    code, _, err = command(rank.main, "--root", root, "--data", data, "--against", "fastv")
+    assert code == 2
+    assert "fastv has not answered" in err
 
 
 def test_scenes_are_found_by_what_a_question_is_called() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
@@ -28,7 +27,7 @@ from llava.pocket.see import Seeing
 from llava.pocket.talk import Talking
 from llava.pocket.train import Config, Conversations, SceneViews, Stage, build_parser
 from llava.pocket.write import ask_about
-from llava.utils import run_command
+from tests.conftest import Command
 from tests.pocket.tiny import LANGUAGE, VISION, conversation, drawn, views_of
 
 LONG = Stage(steps=20, scenes=2, rate=2e-3, warm_up=2)
@@ -252,15 +251,9 @@ def test_what_is_there_is_not_overwritten(trained: Path, config: Config, more: l
 
 
 @pytest.mark.parametrize("more", [[], ["--resume"]])
-def test_the_command_refuses_in_one_line(
-    trained: Path, more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["train", "--work", str(trained), "--device", "cpu", *more])
-    with pytest.raises(SystemExit) as stop:
-        run_command(train.main)
-    assert stop.value.code == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
+def test_the_command_refuses_in_one_line(trained: Path, more: list[str], command: Command) -> None:
+    code, out, err = command(train.main, "--work", trained, "--device", "cpu", *more)
+    assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
 
 
@@ -381,10 +374,9 @@ def test_a_checkpoint_is_16_mib_at_most(config: Config) -> None:
 
 @pytest.mark.parametrize(("more", "config"), [([], Config()), (["--large"], train.LARGE)])
 def test_the_command_trains_one_of_two(
-    more: list[str], config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    more: list[str], config: Config, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Config] = []
     monkeypatch.setattr(train, "train", lambda config, args: given.append(config))
-    monkeypatch.setattr(sys, "argv", ["train", "--work", str(tmp_path), *more])
-    train.main()
+    assert command(train.main, "--work", tmp_path, *more)[0] == 0
     assert given == [config]

@@ -25,7 +25,7 @@ from llava.pocket.gates import percent, unanswerable
 from llava.pocket.questions import TASKS, Asked
 from llava.pocket.scenes import COLOURS, KINDS, WORDS, Scene, make_scene
 from llava.pocket.write import WRITERS, ask_about, write_benchmarks
-from llava.utils import run_command
+from tests.conftest import Command
 from tests.eval.benchmarks.rows import row
 
 SCENES = 24
@@ -111,12 +111,9 @@ def test_without_links_pictures_are_copied(data: Path, tmp_path: Path, monkeypat
     assert digests(tmp_path / "copied") == digests(data)
 
 
-def test_an_unknown_split_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(sys, "argv", ["write", str(tmp_path / "x"), "--split", "exam"])
-    with pytest.raises(SystemExit) as stop:
-        run_command(write.main)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: unknown split 'exam'; choose from train, val, test\n"
+def test_an_unknown_split_is_one_line(tmp_path: Path, command: Command) -> None:
+    code, _, err = command(write.main, tmp_path / "x", "--split", "exam")
+    assert (code, err) == (2, "error: unknown split 'exam'; choose from train, val, test\n")
 
 
 def test_it_is_complete(data: Path) -> None:
