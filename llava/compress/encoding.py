@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llava.anyres import AnyResGrid
 from llava.compress.base import Compressor, Layout, Plan, Selection, Views, exact_plan, uniform_counts
-from llava.compress.tokens import top_indices
+from llava.compress.tokens import on_device, top_indices
 from llava.constants import InputError, OutOfReach
 
 
@@ -211,12 +211,12 @@ class InEncoder(Compressor):
         if self.r is not None:
             return everything
         counts = uniform_counts(self.encoder_ratio, views.grid, views.layout.unpad)
-        return replace(everything, count=torch.tensor(counts, device=views.ids.device), total=sum(counts))
+        return replace(everything, count=on_device(counts, views.ids.device), total=sum(counts))
 
 
 def column(numbers: Sequence[int], like: Tensor) -> Tensor:
     """Turn a number per view into `[V, 1]` on the device of `like`."""
-    return torch.tensor(numbers, device=like.device)[:, None]
+    return on_device(numbers, like.device)[:, None]
 
 
 def stand_in(grid: AnyResGrid, layout: Layout, counts: Sequence[int]) -> tuple[Tensor, Tensor]:

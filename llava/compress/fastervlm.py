@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from llava.anyres import AnyResGrid
 from llava.compress.base import (
     Compressor,
@@ -16,7 +14,7 @@ from llava.compress.base import (
     nearest_count,
     uniform_counts,
 )
-from llava.compress.tokens import top_indices
+from llava.compress.tokens import on_device, top_indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,5 +53,5 @@ class FasterVLM(Compressor):
         else:
             order, layout = top_indices(scores, views.valid), views.layout
             counts = uniform_counts(self.ratio, views.grid, layout.unpad)
-        count = torch.tensor(counts, device=order.device)
+        count = on_device(counts, order.device)
         return Selection(order=order, count=count, total=sum(counts), layout=layout)

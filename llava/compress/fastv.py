@@ -6,7 +6,7 @@ import torch
 
 from llava.compress.base import Compressor
 from llava.compress.stages import BUDGETS, PAD, PAPER_TOKENS, LayerSizes, LayerTokens, Product, Reduction
-from llava.compress.tokens import top_indices
+from llava.compress.tokens import on_device, top_indices
 from llava.constants import InputError, OutOfReach
 
 
@@ -75,7 +75,7 @@ class FastV(Compressor):
         if self.profile == "released":
             ranked = torch.nn.functional.pad(ranked[:, :-1], (1, 0))
         order = top_indices(scores, ranked)
-        count = torch.tensor(kept, device=scores.device)[:, None]
+        count = on_device(kept, scores.device)[:, None]
         chosen = torch.zeros_like(ranked).scatter(1, order, places < count)
         return Reduction(keep=chosen | ~ranked, n_visual=kept)
 

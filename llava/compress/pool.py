@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llava.anyres import AnyResGrid
 from llava.compress.base import Compressor, Layout, Plan, Selection, Views, exact_plan, uniform_counts
-from llava.compress.tokens import top_indices
+from llava.compress.tokens import on_device, top_indices
 
 Box = tuple[int, int, int, int]
 """`(left, top, right, bottom)` within a view, in patches."""
@@ -40,7 +40,7 @@ class Pool(Compressor):
                 kept[view, middle] = True
         return Selection(
             order=top_indices(kept.float(), views.valid),
-            count=torch.tensor(counts, device=features.device),
+            count=on_device(counts, features.device),
             total=sum(counts),
             features=features,
             layout=views.layout,

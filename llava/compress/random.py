@@ -6,7 +6,7 @@ import torch
 
 from llava.anyres import AnyResGrid
 from llava.compress.base import Compressor, Layout, Plan, Selection, Views, exact_plan, uniform_counts
-from llava.compress.tokens import top_indices
+from llava.compress.tokens import on_device, top_indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class Random(Compressor):
         counts = uniform_counts(self.ratio, views.grid, views.layout.unpad)
         draw = torch.rand(views.valid.shape, generator=torch.Generator().manual_seed(self.seed))
         return Selection(
-            order=top_indices(draw.to(views.features.device), views.valid),
-            count=torch.tensor(counts, device=views.features.device),
+            order=top_indices(draw.to(views.features.device, non_blocking=True), views.valid),
+            count=on_device(counts, views.features.device),
             total=sum(counts),
             layout=views.layout,
         )

@@ -1,5 +1,7 @@
 """The three integer questions every method asks: how many, which ones, and how to share a total out."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,15 @@ from torch import Tensor
 def budget(ratio: float, n: int) -> int:
     """Return ⌊ratio · n⌋, computed on the float product as the released codes do."""
     return int(ratio * n)
+
+
+def on_device(
+    numbers: Sequence[float] | Sequence[Sequence[float]],
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Put numbers that follow from sizes alone on a device; unlike `torch.tensor`, without waiting for what it does."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 def top_indices(scores: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from llava.anyres import AnyResGrid
 from llava.compress.base import Compressor, Layout, Plan, Selection, Views, exact_plan, uniform_counts
-from llava.compress.tokens import top_indices
+from llava.compress.tokens import on_device, top_indices
 
 # Powers of the inverse of the plastic number, the root of x³ = x + 1: the two-dimensional counterpart of the golden
 # ratio, whose multiples modulo 1 fill the unit square evenly.
@@ -35,7 +35,7 @@ class Uniform(Compressor):
         counts = uniform_counts(self.ratio, views.grid, views.layout.unpad)
         return Selection(
             order=top_indices(dither.flatten().expand(views.valid.shape), views.valid),
-            count=torch.tensor(counts, device=device),
+            count=on_device(counts, device),
             total=sum(counts),
             layout=views.layout,
         )

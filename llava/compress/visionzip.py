@@ -20,7 +20,7 @@ from llava.compress.base import (
     uniform_counts,
 )
 from llava.compress.stages import Product
-from llava.compress.tokens import budget, top_indices
+from llava.compress.tokens import budget, on_device, top_indices
 
 
 class _Part(NamedTuple):
@@ -71,7 +71,7 @@ class VisionZip(Compressor):
         released, layout, device = self.profile == "released", views.layout, views.features.device
         parts = self._parts(views.grid, layout)
         valid = torch.ones_like(views.valid) if released else views.valid
-        dominant, contextual, _ = torch.tensor(parts, device=device).T[..., None]  # [V, 1] each
+        dominant, contextual, _ = on_device(parts, device).T[..., None]  # [V, 1] each
         order = top_indices(views.attention(-2).sum(1), valid)  # [V, N]
         rest = valid & (order.argsort(dim=1) >= dominant)
         target = _targets(rest, contextual)
@@ -86,7 +86,7 @@ class VisionZip(Compressor):
             tier = target + 2 * (valid & ~rest).long()
             order = order.gather(1, top_indices(tier.gather(1, order)))
         counts = self._counts(parts)
-        count = torch.tensor(counts, device=device)
+        count = on_device(counts, device)
         return Selection(order=order, count=count, total=sum(counts), features=features, extra=extra, layout=layout)
 
     def select_products(self, grid: AnyResGrid, layout: Layout, width: int, heads: int) -> tuple[Product, ...]:
@@ -156,7 +156,7 @@ def _cls_tokens(views: Views, parts: list[_Part]) -> Extra:
     """The [CLS] tokens: the thumbnail's before it, those of the crops behind the canvas."""
     if views.cls is None:
         raise ValueError("VisionZip keeps the [CLS] feature, which these views do not have")
-    view = torch.tensor([v for v, part in enumerate(parts) if part.cls], dtype=torch.long, device=views.cls.device)
+    view = on_device([v for v, part in enumerate(parts) if part.cls], views.cls.device, torch.long)
     return Extra(features=views.cls[view], view=view, anchor=torch.where(view == 0, -1, views.grid.patches_per_view))
 
 

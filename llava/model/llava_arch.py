@@ -30,7 +30,7 @@ from llava.compress import base
 from llava.compress.allocation import ALLOCATIONS, crop_importance, crop_ratios, crop_weights
 from llava.compress.base import Compressor, Layout, Plan, Selection, Taps, Views
 from llava.compress.pack import Packed, pack
-from llava.compress.tokens import apportion, budget, fill_shares, top_indices, unit
+from llava.compress.tokens import apportion, budget, fill_shares, on_device, top_indices, unit
 from llava.compress.trace import ImageTrace, Trace
 from llava.constants import IMAGE_TOKEN_INDEX, PromptTooLong
 from llava.model.multimodal_encoder.builder import build_vision_tower
@@ -244,7 +244,7 @@ class GlobalCom2(Compressor):
         count = torch.full((grid.n_views,), own, device=thumbnail.device)
         if not grid.crops:
             return count
-        sizes = torch.tensor(patches, dtype=torch.float64, device="cpu").to(count.device, non_blocking=True)
+        sizes = on_device(patches, count.device, torch.float64)
         kept = max(1, budget(self.ratio, len(thumbnail)))
         importance = crop_importance(thumbnail, *grid.crops, self.allocation, kept)
         if self.profile == "corrected":

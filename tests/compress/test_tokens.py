@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.compress.tokens import apportion, budget, fill_shares, top_indices, unit
+from llava.compress.tokens import apportion, budget, fill_shares, on_device, top_indices, unit
 from tests.compress.reference_released import largest_remainder, water_level_shares
 
 
@@ -26,6 +26,13 @@ from tests.compress.reference_released import largest_remainder, water_level_sha
 def test_budget_truncates_the_float_product(ratio: float, n: int, expected: int) -> None:
     # 0.29 · 100 is 28.999999999999996 in floats, and so it is for the released codes.
     assert budget(ratio, n) == expected
+
+
+def test_numbers_are_put_on_a_device_without_waiting() -> None:
+    assert on_device([3, 1], "cpu").tolist() == [3, 1]
+    assert on_device([[3], [1]], "cpu", torch.float64).dtype == torch.float64
+    there = on_device((2,), "meta", torch.long)
+    assert (there.device.type, there.dtype, there.shape) == ("meta", torch.long, (1,))
 
 
 # --- top_indices -----------------------------------------------------------------------------------------------------

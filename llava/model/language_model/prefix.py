@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llava.compress.pack import Packed
+from llava.compress.tokens import on_device
 from llava.model.splice import splice
 
 
@@ -35,7 +36,7 @@ class SharedPrefix:
 
     def rows(self, indices: Sequence[int]) -> "SharedPrefix":
         """Copy the given rows, each as often as it is named; the original stays as it is."""
-        chosen = torch.tensor(indices, device=self.mask.device)
+        chosen = on_device(indices, self.mask.device)
         cache = copy(self.cache)
         cache.layers = [copy(layer) for layer in self.cache.layers]
         cache.batch_select_indices(chosen)  # new tensors; layers only ever replace theirs
