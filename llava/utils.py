@@ -65,6 +65,11 @@ def ratio_argument(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def ratio_text(ratio: float | None) -> str:
+    """Name a retention ratio, or that there is none."""
+    return "no ratio" if ratio is None else f"ratio {ratio:g}"
+
+
 def _between(low: float, high: float) -> Callable[[str], float]:
     def number(text: str) -> float:
         if not low <= float(text) <= high:

@@ -19,7 +19,7 @@ from llava.compress import base
 from llava.compress.trace import ImageTrace, Trace
 from llava.constants import InputError
 from llava.mm_utils import load_image, process_images
-from llava.utils import OneLineParser, add_method_arguments, add_model_arguments, load_options, run_command
+from llava.utils import OneLineParser, add_method_arguments, add_model_arguments, load_options, ratio_text, run_command
 
 GAP, TITLE, BLEACH, LEGIBLE = 12, 28, 0.8, 168
 Pixels = NDArray[np.uint8]
@@ -146,7 +146,7 @@ def visualize(args: argparse.Namespace) -> None:
         model.compress_images(pixels, [image.size], trace)
     views = pixels[0] if pixels[0].ndim == 4 else pixels[0][None]
     shown = trace.images[0]
-    draw(image, views, shown, processor, f"{trace.method} at retention ratio {shown.plan.ratio:g}").save(output)
+    draw(image, views, shown, processor, f"{trace.method} at {ratio_text(shown.plan.ratio)}").save(output)
     print(output)
 
 

@@ -87,6 +87,6 @@ def _parse(spec: str) -> tuple[str, dict[str, Any]]:
                 return node.func.id, {str(key): value for key, value in pairs.items()}
     except InputError:
         raise
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         pass
     raise InputError(f"cannot read method {spec!r}; write a name or a call like globalcom2(profile='released')")

@@ -39,6 +39,7 @@ def describe(name: str) -> dict[str, Any]:
             "cls_attention": list(method.taps.cls),
             "keys": list(method.taps.keys),
             "cls_feature": method.taps.cls_feature,
+            "inside_encoder": list(cls.encoder_reads),
             "encoder_layers": list(method.encoder_points(ENCODER_DEPTH)),
             "language_layers": list(method.points_in(LANGUAGE_DEPTH)),
         },
@@ -89,7 +90,7 @@ def needs_text(needs: dict[str, Any]) -> str:
         for key, label in (
             ("cls_attention", "[CLS] attention"),
             ("keys", "keys"),
-            ("encoder_layers", "inside encoder"),
+            ("encoder_layers", f"{' and '.join(needs['inside_encoder'])} inside encoder"),
             ("language_layers", "LLM attention"),
         )
         if needs[key]

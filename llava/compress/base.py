@@ -7,6 +7,7 @@ what it intends for an image of a given size (`Plan`) and chooses tokens (`Selec
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ def parse_ratio(value: object, source: str = "retention_ratio") -> float:
     """
     try:
         ratio = -1.0 if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         ratio = -1.0
     if not 0 < ratio <= 1:
         raise InputError(f"{source} must be a number in (0, 1], got {value}")
@@ -154,13 +155,13 @@ class Selection:
 class Plan:
     """What a method intends for an image of a given size, known before any pixel is looked at."""
 
-    ratio: float
-    """The retention ratio in force."""
+    ratio: float | None
+    """The retention ratio in force, wherever in the model it is met; None where a field asks for something else."""
     patches: int
     """Patches of the uncompressed image, newlines not counted: the ratio's denominator."""
     at_least: int
     at_most: int
-    """Bounds of the number of kept patches; equal where the count follows from the sizes."""
+    """Bounds of the number of patches kept before the language model; equal where the count follows from the sizes."""
 
     @property
     def exact(self) -> bool:
@@ -179,8 +180,10 @@ class Compressor:
     taps: ClassVar[Taps] = Taps()
     query_agnostic: ClassVar[bool] = True
     """The selection does not depend on the prompt, so that all questions about an image can share it."""
+    encoder_reads: ClassVar[tuple[str, ...]] = ()
+    """What `reduce_in_encoder` looks at, in words for the listing."""
     has_ratio: ClassVar[bool] = True
-    """The number of kept tokens follows the retention ratio."""
+    """The number of kept tokens follows the retention ratio, unless a field fixes it: see `follows_ratio`."""
     llm_middle: ClassVar[bool] = False
     """The points in the language model lie between attention and MLP of their layers, not behind them."""
 
@@ -200,8 +203,14 @@ class Compressor:
         """Refuse a number that is none, or outside [low, high]; for `__post_init__`."""
         value: Any = getattr(self, field)
         number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-        if not number or not low <= float(value) <= high:
+        if not number or not low <= value <= high:
             raise InputError(f"{self.name}'s {field} must be in [{low:g}, {high:g}], got {value!r}")
+
+    def _require_one(self, field: str) -> None:
+        """Refuse a number of tokens where a retention ratio asks for another; for `__post_init__`."""
+        given = getattr(self, field)
+        if given is not None and self.retention_ratio is not None:
+            raise InputError(f"give {self.name} either {field} or retention_ratio, got {given} and {self.ratio:g}")
 
     def _require_choice(self, field: str, choices: tuple[str, ...]) -> None:
         """Refuse a word that is none of the choices; for `__post_init__`."""
@@ -224,10 +233,16 @@ class Compressor:
         """The retention ratio in force, resolved now."""
         return resolve_ratio(self.retention_ratio)
 
+    @property
+    def follows_ratio(self) -> bool:
+        """The number of kept tokens follows the retention ratio: there is one, and no field stands in for it."""
+        return self.has_ratio
+
     def plan(self, grid: AnyResGrid, layout: Layout = Layout()) -> Plan:
         """Announce how many patches of an image of this size will be kept."""
         patches = grid.n_patches(layout.unpad)
-        return Plan(ratio=1.0, patches=patches, at_least=patches, at_most=patches)
+        ratio = (self.ratio if self.follows_ratio else None) if self.has_ratio else 1.0
+        return Plan(ratio=ratio, patches=patches, at_least=patches, at_most=patches)
 
     def select(self, views: Views) -> Selection:
         """Choose the tokens of one image. Reads nothing back from the device; does not change its argument."""
@@ -307,6 +322,11 @@ class Compressor:
         """The method in call syntax, with the fields that differ from their defaults; `get` reads it back."""
         changed = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
         return f"{self.name}({', '.join(changed)})"
+
+
+def percent_above(share: float) -> str:
+    """Write a share as the least percentage, to two places, that is not below it: what there is to ask for."""
+    return f"{ceil(share * 10_000 - 1e-9) / 100:.2f}%"
 
 
 def split_budget(ratio: float, grid: AnyResGrid, unpad: bool = True) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llava.anyres import AnyResGrid
-from llava.compress.base import Compressor, Layout, Plan, Selection, Views, exact_plan, uniform_counts
+from llava.compress.base import Compressor, Layout, Plan, Selection, Views, exact_plan, percent_above, uniform_counts
 from llava.compress.tokens import on_device, top_indices
 from llava.constants import InputError, OutOfReach
 
@@ -122,8 +122,12 @@ class InEncoder(Compressor):
         super().__post_init__()
         if self.r is not None:
             self._require("r", int, 1, 1_000_000)
-            if self.retention_ratio is not None:
-                raise InputError(f"give {self.name} either r or retention_ratio, got {self.r} and {self.ratio:g}")
+        self._require_one("r")
+
+    @property
+    def follows_ratio(self) -> bool:
+        """Unless r is given."""
+        return self.r is None
 
     @property
     def encoder_ratio(self) -> float:
@@ -186,7 +190,7 @@ class InEncoder(Compressor):
         if least > k:
             raise OutOfReach(
                 f"{self.name} cannot bring {n} patches down to {k} (retention_ratio {self.ratio:g}) in {len(points)} "
-                f"layers; ask for at least {least / n:.3g}, or let it begin before layer {points[0]} "
+                f"layers; ask for at least {percent_above(least / n)}, or let it begin before layer {points[0]} "
                 f"({self._first(points[-1] + 1)[1]})"
             )
         return path(bisect_left(range(n), True, key=lambda r: path(r)[-1] <= k))
@@ -196,10 +200,10 @@ class InEncoder(Compressor):
         if self.idle:
             return super().plan(grid, layout)
         if self.r is None:
-            return exact_plan(self.encoder_ratio, grid, layout.unpad)
+            return replace(exact_plan(self.encoder_ratio, grid, layout.unpad), ratio=self.ratio)
         sizes = [n for n in (grid.patches_per_view, *grid.crop_patches(layout.unpad)) if n]
         most = sum(n - min(self.r, self._most(n)) for n in sizes)
-        return Plan(ratio=1.0, patches=sum(sizes), at_least=len(sizes), at_most=most)
+        return Plan(ratio=None, patches=sum(sizes), at_least=len(sizes), at_most=most)
 
     def select(self, views: Views) -> Selection:
         """Take what the encoder left, and no more than planned."""

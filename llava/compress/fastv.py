@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llava.compress.base import Compressor
+from llava.compress.base import Compressor, percent_above
 from llava.compress.stages import BUDGETS, PAD, PAPER_TOKENS, LayerSizes, LayerTokens, Product, Reduction
 from llava.compress.tokens import on_device, top_indices
 from llava.constants import InputError, OutOfReach
@@ -61,7 +61,8 @@ class FastV(Compressor):
         if after < 0:
             raise OutOfReach(
                 f"fastv with layer={layer} of {depth} keeps {layer / depth:.2%} of the image tokens on average even if "
-                f"it drops all of them; ask for more than {ratio:.2%}, lower layer, or take budget='after'"
+                f"it drops all of them; ask for at least {percent_above(layer / depth)}, lower layer, or take "
+                "budget='after'"
             )
         return (n_visual,) * layer + (round(n_visual * after),) * (depth - layer)
 
@@ -73,7 +74,8 @@ class FastV(Compressor):
         scores = tokens.attention(last).mean(1)[:, 0]  # [B, L]
         ranked = tokens.image
         if self.profile == "released":
-            ranked = torch.nn.functional.pad(ranked[:, :-1], (1, 0))
+            # One place on, the end of the prompt taken for the image's last, unless the image itself ends the prompt.
+            ranked = torch.where(ranked[:, -1:], ranked, torch.nn.functional.pad(ranked[:, :-1], (1, 0)))
         order = top_indices(scores, ranked)
         count = on_device(kept, scores.device)[:, None]
         chosen = torch.zeros_like(ranked).scatter(1, order, places < count)

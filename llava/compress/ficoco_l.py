@@ -6,7 +6,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from llava.compress.base import Compressor
+from llava.compress.base import Compressor, percent_above
 from llava.compress.merge import merge_into, merge_product, n_targets, target_weights
 from llava.compress.stages import BUDGETS, TEXT, LayerSizes, LayerTokens, Product, Reduction, places_of
 from llava.compress.tokens import top_indices
@@ -166,7 +166,7 @@ class FiCoCoL(Compressor):
     AT: bool = True
     """Merge at all."""
     r: int | None = None
-    """Tokens merged in every merging layer, whatever the retention ratio; None: what makes the ratio."""
+    """Tokens merged in every merging layer; None: what makes the retention ratio."""
     layers: int | None = None
     """How many layers merge; None: all to the last one."""
     budget: str = "layer_average"
@@ -192,11 +192,17 @@ class FiCoCoL(Compressor):
         for name in ("r", "layers"):
             if getattr(self, name) is not None:
                 self._require(name, int, int(name == "layers"), 1_000_000)
+        self._require_one("r")
         for name in ("beta", "gamma", "epsilon"):
             self._require(name, float, 0, 1)
         self._require_choice("budget", BUDGETS[:2])
         self._require_choice("positions", ("keep", "repack"))
         self._require_switch("AT")
+
+    @property
+    def follows_ratio(self) -> bool:
+        """Unless r is given."""
+        return self.r is None
 
     @property
     def llm_points(self) -> tuple[int, ...]:
@@ -251,7 +257,7 @@ class FiCoCoL(Compressor):
         if ratio < lowest:
             raise OutOfReach(
                 f"ficoco_l merging in layers {points[0]} to {points[-1]} of {depth} keeps {lowest:.2%} of the image "
-                f"tokens on average even if it merges all into one; ask for more than {ratio:.2%}, lower "
+                f"tokens on average even if it merges all into one; ask for at least {percent_above(lowest)}, lower "
                 "control_encoding_layer, merge early and at once with layers=1, or take budget='after'"
             )
         return (1 - ratio) * n * depth / weight if weight else 0.0

@@ -45,6 +45,7 @@ class FiCoCoV(InEncoder):
     name = "ficoco_v"
     paper = "arXiv 2411.17686"
     profiles = ("corrected", "paper")
+    encoder_reads = ("[CLS] attention", "patch attention")
 
     control_encoding_layer: int | None = None
     """The last layer that runs on everything (the authors' 11 of 24); None: half of those that run."""

@@ -44,7 +44,13 @@ class FiCoCoVL(ficoco_v.FiCoCoV):
         self._require_switch("AT")
         if self.merge_visual and self.AT and (self.r is None) != (self.r_language is None):
             raise InputError(f"give {self.name} both r and r_language or neither, got {self.r} and {self.r_language}")
+        self._require_one("r_language")
         self._language_at(1.0)  # refuses the rest
+
+    @property
+    def follows_ratio(self) -> bool:
+        """Unless the numbers of tokens are given."""
+        return (self.r if self.merge_visual else self.r_language) is None
 
     @property
     def encoder_ratio(self) -> float:
@@ -60,7 +66,7 @@ class FiCoCoVL(ficoco_v.FiCoCoV):
 
     def _language_at(self, ratio: float) -> ficoco_l.FiCoCoL:
         return ficoco_l.FiCoCoL(
-            retention_ratio=ratio,
+            retention_ratio=ratio if self.r_language is None else None,
             profile=self.profile,
             control_encoding_layer=self.control_language_layer,
             AT=self.AT,

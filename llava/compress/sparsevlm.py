@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from llava.compress.base import Compressor
+from llava.compress.base import Compressor, percent_above
 from llava.compress.stages import BUDGETS, PAPER_TOKENS, TEXT, LayerSizes, LayerTokens, Product, Reduction, places_of
 from llava.compress.tokens import top_indices
 from llava.constants import InputError, OutOfReach
@@ -186,8 +186,8 @@ class SparseVLM(Compressor):
         if (lowest := mean(scaled(low))) > target:
             raise OutOfReach(
                 f"sparsevlm behind layers {self.layers} of {depth} keeps {lowest / n:.2%} of the image tokens on "
-                f"average even if it drops all it can; ask for more than {target / n:.2%}, or take earlier layers, "
-                "recycle=False or budget='after'"
+                f"average even if it drops all it can; ask for at least {percent_above(lowest / n)}, or take earlier "
+                "layers, recycle=False or budget='after'"
             )
         for _ in range(40):
             middle = (low + high) / 2

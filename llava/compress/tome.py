@@ -27,6 +27,7 @@ class ToMe(InEncoder):
 
     name = "tome"
     paper = "arXiv 2210.09461"
+    encoder_reads = ("keys",)
 
     first_layer: int = 0
     """The first layer that merges; all that run after it do."""

@@ -52,7 +52,7 @@ def analyse(
         "text_tokens": text,
         "output_tokens": output,
         "batch": batch,
-        "requested_ratio": method.ratio if method.has_ratio else plan.ratio,
+        "requested_ratio": plan.ratio,
         "planned": plan.at_least if plan.exact else [plan.at_least, plan.at_most],
         **{side: _side(each) for side, each in zip(SIDES, (base, planned), strict=True)},
         "devices": {device.name: _times(base, planned, device) for device in devices},

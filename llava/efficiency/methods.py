@@ -1,7 +1,7 @@
 """From a method and an image's size, or from what a model wrote down, to the tokens of a request."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -93,8 +93,12 @@ def plan_request(
         raise InputError(f"mm_patch_merge_type of {model.name!r} must be one of {', '.join(LAYOUTS)}")
     grid, layout = image_grid(model, image_size), LAYOUTS[model.merge]
     plan = method.plan(grid, layout)
+    if method.encoder_points(model.tower.depth):  # how deep the encoder is, the plan does not know
+        left = min(plan.at_most, sum(method.patches_per_layer(grid, layout, model.tower.depth)[-1]))
+        plan = replace(plan, at_least=left, at_most=left)
     newlines, extra = _rehearse(model, method, grid, layout)
-    kept = min(max(budget(plan.ratio, plan.patches), plan.at_least), plan.at_most)
+    wanted = plan.patches if plan.ratio is None else budget(plan.ratio, plan.patches)
+    kept = min(max(wanted, plan.at_least), plan.at_most)
     request = _request(
         model,
         method,

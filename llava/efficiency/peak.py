@@ -253,7 +253,9 @@ def measure(specs: Sequence[str], geometry: Geometry, ratio: float, compute: boo
         InputError: a method is unknown, or cannot meet the ratio in this model.
     """
     methods = [get(spec) for spec in specs]
-    methods = [get(spec, retention_ratio=ratio) if m.has_ratio else m for spec, m in zip(specs, methods, strict=True)]
+    methods = [
+        get(spec, retention_ratio=ratio) if m.follows_ratio else m for spec, m in zip(specs, methods, strict=True)
+    ]
     with torch.no_grad(), nullcontext() if compute else cast(Any, Idle()):
         model = build(geometry)
         plain = answer(model, get("none"), geometry, {})

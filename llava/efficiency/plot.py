@@ -43,9 +43,8 @@ def sweep(
     Raises:
         InputError: a ratio has no effect on the method.
     """
-    if not method.has_ratio:
-        raise InputError(f"a retention ratio has no effect on method {method.name}; there is nothing to draw")
-
+    if not method.follows_ratio:
+        raise InputError(f"a retention ratio has no effect on {method}; there is nothing to draw")
     methods = [get("none"), *(replace(method, retention_ratio=ratio) for ratio in RATIOS)]
     base, *found = (
         plan_request(model, each, image_size, text=text, output=output, batch=batch).request for each in methods

@@ -10,6 +10,7 @@ from llava.efficiency.ops import Fusion
 from llava.efficiency.paper import TABLES, Figure, Table, figures
 from llava.efficiency.request import STAGES
 from llava.efficiency.shapes import MODELS
+from llava.utils import ratio_text
 
 Data = Mapping[str, Any]
 SIDES = ("uncompressed", "compressed")
@@ -109,7 +110,7 @@ def analysis_text(data: Data) -> str:
     width, height = data["image_size"]
     crops = f" ({data['crops'][0]}x{data['crops'][1]} crops)" if data["crops"] else ""
     head = (
-        f"{data['model']}, {data['method']}, R = {data['requested_ratio']:g}; "
+        f"{data['model']}, {data['method']}, {ratio_text(data['requested_ratio'])}; "
         f"image of {width}x{height}, {data['views']} views{crops}; "
         f"{data['text_tokens']} text tokens, {data['output_tokens']} produced; batch {data['batch']}"
     )

@@ -19,6 +19,7 @@ import shortuuid
 import torch.distributed as dist
 from tqdm import tqdm
 
+from llava.compress.base import Compressor
 from llava.constants import InputError
 from llava.conversation import check_template, conv_templates
 from llava.eval import benchmarks
@@ -122,10 +123,10 @@ def source(group: int, question: Question) -> Source:
     return Source(group, question.image, question.data)
 
 
-def answer_row(answer: Answer, model_id: str, method: str, ratio: float) -> Row:
+def answer_row(answer: Answer, model_id: str, method: Compressor) -> Row:
     """Return an answer as a line of the answers file."""
     question = answer.question
-    metadata: Row = {"method": method, "retention_ratio": ratio}
+    metadata: Row = {"method": str(method), "retention_ratio": method.retention_ratio}
     metadata |= {"visual_tokens": answer.kept, "total_visual_tokens": answer.total}
     if question.image:
         metadata["image"] = question.image
@@ -171,7 +172,8 @@ def run(args: argparse.Namespace) -> Row:
     with Ranks(args.num_processes) as ranks:
         # A missing checkpoint is said before anything is written.
         method = choose_method(read_config(args.model_path), args.method, args.retention_ratio, args.profile)
-        method = replace(method, retention_ratio=method.ratio)
+        if method.follows_ratio:
+            method = replace(method, retention_ratio=method.ratio)
         if args.conv_mode not in (None, *conv_templates):
             raise InputError(
                 f"unknown conversation template {args.conv_mode!r}; choose from {', '.join(conv_templates)}"
@@ -193,7 +195,7 @@ def run(args: argparse.Namespace) -> Row:
             feed = _feed(args, questions, done, engine, processor, ranks, tally)
             with tqdm(total=len(questions), initial=len(done), unit="question", disable=ranks.rank > 0) as bar:
                 for answer in engine.answer(feed, one_by_one=args.one_by_one):
-                    journal.write(answer.index, answer_row(answer, model_id, str(method), method.ratio))
+                    journal.write(answer.index, answer_row(answer, model_id, method))
                     tally.update(answers=1, kept=answer.kept, total=answer.total)
                     said = f"{tally.images_per_second:.2f} images/s, kept {tally.retention}"
                     bar.set_postfix_str(said, refresh=False)

@@ -28,7 +28,7 @@ def cells(methods: Sequence[str], ratios: Sequence[float]) -> list[tuple[str, fl
     """Return methods at ratios, after the upper bound all are compared with; where a ratio has no effect, once."""
     found = [UPPER]
     for method in methods:
-        follows = type(get(method)).has_ratio
+        follows = get(method).follows_ratio
         found += [(method, ratio) for ratio in ratios if ratio < 1] if follows else [(method, 1.0)]
     return list(dict.fromkeys(found))
 
@@ -43,8 +43,10 @@ def words(args: argparse.Namespace, name: str, method: str, ratio: float) -> Ite
     yield from ("--question-file", str(data / benchmark.question_file))
     yield from ("--image-folder", str(data / benchmark.image_folder))
     yield from ("--answers-file", str(args.out / benchmark.folder / f"{label}.jsonl"))
-    yield from ("--retention-ratio", str(ratio), "--batch-size", str(args.batch_size), "--num-workers", "0")
+    yield from ("--batch-size", str(args.batch_size), "--num-workers", "0")
     yield from ("--max-new-tokens", str(args.max_new_tokens), *OPTIONS.get(name, ()))
+    if get(method).follows_ratio:
+        yield from ("--retention-ratio", str(ratio))
     if args.device:
         yield from ("--device", args.device)
     if args.limit:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.compress import method_class
+from llava.compress import get
 from llava.constants import InputError
 from llava.eval import benchmarks
 from llava.eval.benchmarks.base import Result, read_jsonl
@@ -61,7 +61,7 @@ def method_key(spec: str) -> Key:
         raise InputError(f"cannot read the recorded method {spec!r}")
     fields = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     ratio = float(fields.pop("retention_ratio", 1.0))
-    if not method_class(call.func.id).has_ratio:
+    if not get(spec).follows_ratio:
         ratio = 1.0 if call.func.id == UPPER[0] else OWN
     rest = ", ".join(f"{name}={value!r}" for name, value in fields.items())
     return (f"{call.func.id}({rest})" if rest else call.func.id), ratio

@@ -48,6 +48,15 @@ def test_released_is_off_by_one() -> None:
         assert bool(everything.keep.all())
 
 
+def test_an_image_at_the_very_end_has_no_place_behind_it() -> None:
+    role = [PREFIX, PREFIX, PREFIX, PREFIX, VISUAL, VISUAL, VISUAL, VISUAL]
+    for profile in ("released", "corrected"):
+        method = get(f"fastv(retention_ratio=0.5, budget='after', profile={profile!r})")
+        reduction = method.reduce_in_llm(tokens(ROW, role, 4))
+        assert reduction.keep[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 6, 7]
+        assert reduction.n_visual == (2,)
+
+
 def test_newlines_compete_and_padding_does_not_matter() -> None:
     role = [PAD, PREFIX, VISUAL, NEWLINE, VISUAL, NEWLINE, TEXT, TEXT]
     reduction = get("fastv(retention_ratio=0.25, budget='after')").reduce_in_llm(tokens(ROW, role, 4))
@@ -79,7 +88,7 @@ def test_the_comparison_of_globalcom2() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(InputError, match=r"6\.25%.*more than 6\.00%"):
+    with pytest.raises(InputError, match=r"6\.25%.*at least 6\.25%"):
         get("fastv(retention_ratio=0.06)").visual_per_layer(2880, 32)
     with pytest.raises(InputError, match="before layer 32, but the model has 32"):
         get("fastv(layer=32, retention_ratio=0.5)").visual_per_layer(2880, 32)

@@ -1,16 +1,13 @@
-"""What is asked of the device between tower and projector: few launches and no read; and what is counted."""
-
-from typing import Any
+"""What GlobalCom² asks of the device between tower and projector: few launches, no read; and what is counted."""
 
 import pytest
 import torch
 
 from llava.anyres import AnyResGrid, choose_grid
-from llava.compress import available, get
+from llava.compress import get
 from llava.compress.base import Compressor, Selection, Views
 from llava.compress.pack import Packed, pack
 from llava.efficiency.launches import Launches
-from tests.methods import fitted
 
 PINPOINTS = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
 UNPADDED = [(672, 672), (1000, 500), (500, 1000), (1008, 336)]
@@ -49,23 +46,6 @@ def test_views_take_one_copy() -> None:
     with Launches("meta") as count:
         made = views_of((640, 480), "meta")
     assert (count.operations, made.valid.device.type) == ({"randn": 2, "_to_copy": 1}, "meta")
-
-
-@pytest.mark.parametrize("name", [name for name in available() if not get(name).encoder_points(24)])
-def test_no_method_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def host_only(*args: Any, device: Any = None, make: Any = torch.tensor, **options: Any) -> torch.Tensor:
-        assert device is None or torch.device(device).type == "cpu", "it waits for what the device has to do"
-        return make(*args, device=device, **options)
-
-    monkeypatch.setattr(torch, "tensor", host_only)
-    method, views = fitted(name, 0.25), views_of((640, 480), "meta")
-    views.cls_logits = dict.fromkeys(method.taps.cls, views.cls_logits[-1])
-    views.keys = dict.fromkeys(method.taps.keys, views.features)
-    views.cls = views.features[:, 0]
-    with Launches("meta") as count:
-        selection, packed = compress(method, views)
-    assert count.reads == 0
-    assert selection.count.device.type == packed.features.device.type == "meta"
 
 
 @pytest.mark.parametrize("profile", ["released", "paper"])

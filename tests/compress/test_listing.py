@@ -43,6 +43,8 @@ FACTS = {
     "hired": (["between"], "[CLS] attention 0 -2", True),
     "visionzip": (["between"], "[CLS] attention -2, keys -2, [CLS] feature", True),
     "fastv": (["language model"], "LLM attention 1", False),
+    "tome": (["vision encoder"], "keys inside encoder 0..22", True),
+    "ficoco_v": (["vision encoder"], "[CLS] attention and patch attention inside encoder 12..22", True),
 }
 
 
@@ -76,6 +78,7 @@ class Fake(Compressor):
 
     name = "fake"
     taps = Taps(keys=(3,))
+    encoder_reads = ("stars",)
     query_agnostic = False
     profiles = ("released", "corrected")
 
@@ -95,7 +98,7 @@ def test_stages_follow_from_what_a_class_overrides(monkeypatch: pytest.MonkeyPat
     found = listing.describe("fake")
     assert found["stages"] == ["vision encoder", "language model"]
     assert found["flash_attention"] == ["language model"]
-    assert listing.needs_text(found["needs"]) == "keys 3, inside encoder 21 22, LLM attention 2 16 28"
+    assert listing.needs_text(found["needs"]) == "keys 3, stars inside encoder 21 22, LLM attention 2 16 28"
     text = listing.listing([found]).splitlines()[1]
     assert "vision encoder + language model  -  " in text
     assert text.endswith("  yes                 yes, SDPA where merging  released, corrected")

@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,28 @@ def test_kept_tokens(name: str, image: str, dtype: torch.dtype, ratio: float) ->
         assert selection.order.device == selection.count.device == views.features.device
 
 
+@every_method
+@every_image
+def test_a_plan_says_what_was_asked_for(name: str, image: str) -> None:
+    """Wherever in the model the ratio is met: what is planned is no more than what enters the language model."""
+    method = get(name, retention_ratio=0.625)
+    own = {"none": 1.0, "thumbnail_only": method.plan(IMAGES[image]).ratio}
+    assert method.plan(IMAGES[image]).ratio == own.get(name, 0.625)
+    assert method.follows_ratio == (name not in own)
+
+
+@pytest.mark.parametrize(
+    "spec", ["tome(r=2)", "ficoco_v(r=2)", "ficoco_l(r=2)", "ficoco_vl(r=2, r_language=1)"]
+)  # fmt: skip
+def test_a_number_of_tokens_stands_in_for_the_ratio(spec: str) -> None:
+    method = get(spec)
+    assert not method.follows_ratio
+    assert method.has_ratio
+    assert method.plan(IMAGES["2x2"]).ratio is None
+    with pytest.raises(InputError, match=r"either r(_language)? or retention_ratio, got \d and 0.5"):
+        replace(method, retention_ratio=0.5)
+
+
 @every_method_with_a_ratio
 @every_image
 @every_dtype
@@ -138,8 +161,13 @@ def test_selecting_twice_gives_the_same_and_leaves_the_views_alone(name: str, im
 
 @every_method
 @every_image
-def test_selecting_reads_nothing_from_the_device(name: str, image: str) -> None:
+def test_selecting_waits_for_no_device(name: str, image: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_the_host(*args: Any, device: Any = None, make: Any = torch.tensor, **options: Any) -> Tensor:
+        assert device is None or torch.device(device).type == "cpu", "it would wait for what the device has to do"
+        return make(*args, device=device, **options)
+
     # A meta tensor holds no values: whatever asks for one raises.
+    monkeypatch.setattr(torch, "tensor", on_the_host)
     method = get(name, retention_ratio=0.25)
     views = views_of(IMAGES[image], method)
     views = replace(
@@ -337,6 +365,9 @@ def test_get(spec: str, fallback: dict[str, object], text: str) -> None:
         ("globalcom2(alpha=1.5)", "alpha.*1.5"),
         ("globalcom2(alpha='half')", "alpha.*half"),
         ("random(seed='x')", "seed.*x"),
+        (f"random(seed={2**63})", "seed.*9223372036854775808"),
+        (f"fastv(layer=1{'0' * 400})", "layer.*000"),
+        (f"fastv(layer={'-' * 5000}1)", "cannot read"),
     ],
 )
 def test_what_cannot_be_built_is_named(spec: str, named: str) -> None:
@@ -346,7 +377,7 @@ def test_what_cannot_be_built_is_named(spec: str, named: str) -> None:
 
 
 @every_method
-@pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), float("inf"), "abc", "1.0.0"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, 10**400, float("nan"), float("inf"), "abc", "1.0.0"])
 def test_bad_ratios_are_named(name: str, value: object) -> None:
     with pytest.raises(InputError, match=rf"retention_ratio.*{value}"):
         get(name, retention_ratio=value)

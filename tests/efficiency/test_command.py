@@ -102,7 +102,7 @@ def test_analysis_as_text(run: Run) -> None:
     text = run(*ARGUMENTS)
     blocks = text.split("\n\n")
     assert " ".join(blocks[0].split()).startswith(
-        "llava-next-7b, globalcom2(retention_ratio=0.25), R = 0.25; image of 640x480, 5 views (2x2 crops);"
+        "llava-next-7b, globalcom2(retention_ratio=0.25), ratio 0.25; image of 640x480, 5 views (2x2 crops);"
     )
     line = {match[1].strip(): match[2].split() for match in re.finditer(r"^(.{34})(.+)$", text, re.MULTILINE)}
     assert line["visual tokens"] == ["2340", "612", "26.2%"]

@@ -91,7 +91,7 @@ def test_dropping_inside_the_language_model() -> None:
     assert found.request.runs == (0, 2)
     looks = {op.name: op.macs * op.times for op in found.request.stages()["selection"]}
     assert looks == {"gather": 0, "rows": 2988 * 4096}, "the layer's own projections are looked at"
-    with pytest.raises(InputError, match="ask for more than 5"):
+    with pytest.raises(InputError, match=r"ask for at least 6\.25%"):
         plan_request(NEXT, get("fastv", retention_ratio=0.05), (672, 672))
 
 

@@ -242,6 +242,16 @@ def test_what_is_dropped_inside_the_language_model_counts_as_kept_so_long(comman
     assert shares == pytest.approx([0.75] * len(shares), abs=0.02)
 
 
+def test_tokens_per_layer_instead_of_a_ratio(command):
+    """The switch of FiCoCo's authors: no ratio is in force then, whatever line 101 says."""
+    found = command("a", "--method", "ficoco_v(r=3)")[1]
+    assert found[0]["metadata"]["method"] == "ficoco_v(r=3)"
+    assert found[0]["metadata"]["retention_ratio"] is None
+    assert 0 < found[0]["metadata"]["visual_tokens"] < found[0]["metadata"]["total_visual_tokens"]
+    code, _, _, err = command("b", "--method", "ficoco_v(r=3)", "--retention-ratio", "0.5")
+    assert (code, err) == (2, "error: give ficoco_v either r or retention_ratio, got 3 and 0.5\n")
+
+
 def test_nothing_is_asked_twice(command, monkeypatch):
     rows = command("a")[1]
     monkeypatch.setattr(answer, "load_engine", lambda *_: pytest.fail("everything was answered"))
