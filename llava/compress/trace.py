@@ -11,7 +11,6 @@ import torch
 from llava.anyres import AnyResGrid
 from llava.compress.base import Compressor, Plan, Selection
 from llava.compress.pack import Packed
-from llava.utils import ratio_text
 
 Moment = float | torch.cuda.Event
 """A point in time: of this process, or in the work of a CUDA device, which is not made to wait by asking."""
@@ -32,9 +31,10 @@ class ImageTrace:
         """One line for the log."""
         plan, packed = self.plan, self.packed
         planned = f"{plan.at_least}" if plan.exact else f"{plan.at_least} to {plan.at_most}"
+        asked = "no ratio" if plan.ratio is None else f"ratio {plan.ratio:g}"
         width, height = self.grid.image_size
         return (
-            f"{width}x{height}: {ratio_text(plan.ratio)} of {plan.patches} patches, planned {planned}, "
+            f"{width}x{height}: {asked} of {plan.patches} patches, planned {planned}, "
             f"kept {packed.patches}, {len(packed.origin)} tokens with {packed.newlines} newlines"
             + (f" and {self.appended} appended" if self.appended else "")
         )

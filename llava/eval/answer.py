@@ -183,14 +183,17 @@ def run(args: argparse.Namespace) -> Row:
         journal = Journal(Path(args.answers_file), configuration(args, str(method)))
         if not args.overwrite:
             journal.check()
+        answered = journal.answered() if ranks.rank == 0 and not args.overwrite else set()
+        done = ranks.share({i for i in answered if i < len(questions)})
+        # Whether the method can work in this model is said before anything is written, too.
+        loaded = load_engine(args, method, ranks.device) if len(done) < len(questions) else None
         ranks.wait()  # every process looks before one writes
         if ranks.rank == 0:
             journal.prepare(args.overwrite)
-        done = ranks.share({i for i in journal.answered() if i < len(questions)} if ranks.rank == 0 else None)
+        ranks.wait()
         tally = Tally(ranks)
-        if len(done) < len(questions):
-            engine, processor = load_engine(args, method, ranks.device)
-            tally.start = time.monotonic()
+        if loaded:
+            engine, processor = loaded
             model_id = args.model_name or get_model_name_from_path(args.model_path)
             feed = _feed(args, questions, done, engine, processor, ranks, tally)
             with tqdm(total=len(questions), initial=len(done), unit="question", disable=ranks.rank > 0) as bar:

@@ -252,6 +252,13 @@ def test_tokens_per_layer_instead_of_a_ratio(command):
     assert (code, err) == (2, "error: give ficoco_v either r or retention_ratio, got 3 and 0.5\n")
 
 
+def test_what_cannot_be_reached_leaves_nothing_behind(command, tmp_path):
+    code, _, _, err = command("a", "--method", "fastv(layer=1)", "--retention-ratio", "0.1")
+    assert code == 2
+    assert err.startswith("error: fastv with layer=1 of 3 keeps 33.33%")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_asked_twice(command, monkeypatch):
     rows = command("a")[1]
     monkeypatch.setattr(answer, "load_engine", lambda *_: pytest.fail("everything was answered"))
