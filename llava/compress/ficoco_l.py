@@ -104,15 +104,16 @@ class _Softmax:
         self.attention, self.shape = tokens.attention, tokens.role.shape
         self.places = torch.arange(self.shape[1], device=tokens.role.device)
 
-    def _rows(self, rows: Tensor) -> Tensor:
-        """Rows `[Q]`, the same of every prompt, `[B, Q, L]`; padding has seen nothing."""
-        return self.attention(rows.expand(self.shape[0], -1)).mean(1).nan_to_num()
+    def _rows(self, rows: Tensor, prompts: slice) -> Tensor:
+        """Rows `[Q]`, the same of all these prompts, `[B, Q, L]`; padding has seen nothing."""
+        count = len(range(self.shape[0])[prompts])
+        return self.attention(rows.expand(count, -1), prompts=prompts).mean(1).nan_to_num()
 
     def means(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """What every token gives to the image, and what it receives from the text, as means; `[B, L]` each."""
         given, received = [], torch.zeros(self.shape, device=image.device)
         for rows in self.places.split(CHUNK):
-            some = self._rows(rows)
+            some = self._rows(rows, slice(None))
             given.append((some @ image.float()[..., None])[..., 0])
             received = received + (text[:, None, rows].float() @ some)[:, 0]
         count = (chosen.sum(1, keepdim=True).clamp_min(1) for chosen in (image, text))
@@ -120,8 +121,9 @@ class _Softmax:
 
     def parts(self, row: int, sources: Tensor, targets: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What `correlation` takes; a source does not see the text behind it, so that way is read backwards."""
-        direct = [self._rows(rows)[row][:, targets] for rows in sources.split(CHUNK)]
-        back = [self._rows(rows)[row] for rows in text.split(CHUNK)]
+        alone = slice(row, row + 1)
+        direct = [self._rows(rows, alone)[0][:, targets] for rows in sources.split(CHUNK)]
+        back = [self._rows(rows, alone)[0] for rows in text.split(CHUNK)]
         seen = torch.cat(back) if back else direct[0].new_zeros(0, self.shape[1])
         return torch.cat(direct), seen[:, sources].T, seen[:, targets]
 

@@ -79,8 +79,10 @@ class LayerTokens:
     """`[B, L]`: PAD, PREFIX, VISUAL, NEWLINE or TEXT."""
     n_visual: tuple[int, ...]
     """B numbers of image tokens, newlines included, that entered the language model."""
-    attention: Callable[[Tensor], Tensor]
-    """Rows `[B, Q]` -> attention of this layer, `[B, H, Q, L]` in float32, only these rows are computed."""
+    attention: Callable[..., Tensor]
+    """Rows `[B, Q]` -> attention of this layer, `[B, H, Q, L]` in float32, only these rows are computed.
+
+    With a slice `prompts`, rows of these prompts alone."""
     queries_keys: Callable[[], tuple[Tensor, Tensor]] = _unoffered
     """-> this layer's queries and keys behind rotary embeddings, `[B, L, H·d]` in float32, heads side by side.
 

@@ -118,8 +118,10 @@ def plan_request(
 def trace_requests(model: Model, trace: Trace, output: int = 1) -> list[Request]:
     """Return the requests that a model really ran, one for every row of the batch.
 
-    Each is what its row would be alone: padding, which rows of unequal length run on as well, is not counted; nor is
-    what a method looks at inside the language model where there is no image at all.
+    Each is what its row would be alone, of one beam: padding is not counted, which rows of unequal length run on as
+    well, questions of unequal length inside SparseVLM, and views that methods in the encoder leave unequally long; nor
+    is what a method looks at inside the language model where there is no image at all. The cache is taken to grow with
+    the answer and attention to reach all of it: a static cache and a window shorter than the prompt are not modelled.
 
     Args:
         model: the model.
@@ -132,7 +134,6 @@ def trace_requests(model: Model, trace: Trace, output: int = 1) -> list[Request]
     rows, images = trace.sequence_lengths, trace.images
     if not rows or len(images) % len(rows):
         raise InputError(f"cannot tell which of {len(images)} images belong to which of {len(rows)} rows")
-    # Beams of a row run on the same tokens.
     visual = trace.visual_per_layer[:: max(1, len(trace.visual_per_layer) // len(rows))]
     visual = visual or [every_layer(model.language, 0)] * len(rows)
     method = get(trace.method if images else "none")
@@ -140,6 +141,8 @@ def trace_requests(model: Model, trace: Trace, output: int = 1) -> list[Request]
     requests = []
     for row, (length, question) in enumerate(zip(rows, trace.n_text, strict=True)):
         own = images[row * share : (row + 1) * share]
+        if sum(image.packed.visual + image.packed.newlines for image in own) != visual[row][0]:
+            raise InputError(f"row {row} has other images than its share of {share}; give every row as many")
         layout = Layout(unpad=all(image.unpad for image in own))
         request = _request(
             model,

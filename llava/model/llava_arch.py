@@ -362,9 +362,14 @@ class LlavaMetaForCausalLM:
 
         Without images, and for the one token of a decoding step, the arguments come back as they are; otherwise
         `input_ids` is None and `inputs_embeds` holds the compressed sequence.
+
+        Raises:
+            InputError: the method works inside the language model too; or see `splice_images`.
         """
         if input_ids.shape[1] == 1 or (images is None and not bool((input_ids == IMAGE_TOKEN_INDEX).any())):
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        if self.method.points_in(self.config.num_hidden_layers):  # it would pass for what was not compressed there
+            raise InputError(f"{self.method} works inside the language model, for which there is generate(); call that")
         side = self.config.tokenizer_padding_side
         s = self.splice_images(input_ids, attention_mask, labels, images, image_sizes, padding_side=side)
         return None, s.position_ids, s.attention_mask, past_key_values, s.inputs_embeds, s.labels

@@ -69,7 +69,7 @@ def tokens(layer: int = 5) -> LayerTokens:
     """The example as a sequence: image tokens of values 1, 5, 3, then two of text."""
     logits = torch.cat((torch.cat((VV, VT), 1), torch.cat((TV, torch.zeros(2, 2)), 1)))[None]  # [1, 5, 5]
 
-    def attention(rows: Tensor) -> Tensor:
+    def attention(rows: Tensor, prompts: slice) -> Tensor:
         seen = logits.masked_fill(torch.tensor([[False] * 3 + [True] * 2] * 3 + [[False] * 5] * 2), 0)
         return seen[:, None].gather(2, rows[:, None, :, None].expand(-1, -1, -1, 5))
 

@@ -274,6 +274,7 @@ def test_every_token_more_reads_a_longer_cache(small: Callable[[str], Small]) ->
         "fastv(retention_ratio=0.5)",
         "sparsevlm(layers=(0, 1, 3), retention_ratio=0.5)",
         "ficoco_vl(control_language_layer=1, retention_ratio=0.5)",
+        "ficoco_l(control_encoding_layer=1, profile='paper', retention_ratio=0.85)",
     ],
 )
 def test_a_batch_is_its_rows(spec: str, small: Callable[[str], Small]) -> None:
@@ -283,6 +284,14 @@ def test_a_batch_is_its_rows(spec: str, small: Callable[[str], Small]) -> None:
     planned = plan_request(model.shape, get(spec), size, text=TEXT, prefix=PREFIX, output=OUTPUT, batch=2)
     assert analysed(planned.request) == found.flops
     assert planned.request.kv_bytes == sum(found.cached[0])
+
+
+def test_images_that_cannot_be_told_apart_are_refused(small: Callable[[str], Small]) -> None:
+    """Two in the first row and none in the second are one each, by number; by tokens they are not."""
+    model, size = small("v1.6-vicuna"), CROPS[1][1]
+    found = model.run("none", [size, size], [[1, IMAGE_TOKEN_INDEX, 5, IMAGE_TOKEN_INDEX], [1, 5, 6, 7]])
+    with pytest.raises(InputError, match="row 0 has other images"):
+        found.requests(model.shape)
 
 
 @pytest.mark.parametrize("spec", ["none", "globalcom2(retention_ratio=0.25)", "visionzip(retention_ratio=0.5)"])

@@ -22,6 +22,7 @@ from llava.mm_utils import KeywordsStoppingCriteria, process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.miniature import SIDE, TILE
 from tests.conftest import Loaded, picture
+from tests.methods import MOVED, fitted
 
 IMG, EOS, N = IMAGE_TOKEN_INDEX, 2, SIDE**2
 GREEDY = {"do_sample": False, "max_new_tokens": 10}
@@ -601,6 +602,17 @@ def test_the_upstream_tuple(use: Any, pixels: Any, spec: str) -> None:
     assert mask is None or (mask.shape == (1, length) and mask.all())
     torch.testing.assert_close(embeds[0, 3:-5], packed.features)
     assert torch.equal(embeds[0, :3], model.get_model().embed_tokens(ids[0, :3]))
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_what_works_inside_the_language_model_is_not_left_out_silently(use: Any, pixels: Any, name: str) -> None:
+    model, ids, size = use(str(fitted(name, 0.5))), ROWS[0][None], (300, 200)
+    given = {"images": pixels(size), "image_sizes": [size]}
+    with pytest.raises(InputError, match=r"inside the language model.*generate"):
+        model(input_ids=ids, **given)
+    with pytest.raises(InputError, match=r"inside the language model.*generate"):
+        model.prepare_inputs_labels_for_multimodal(ids, None, None, None, ids, **given)
+    assert model(input_ids=ROWS[1][None]).logits.shape[1] == len(ROWS[1]), "text alone is no matter of it"
 
 
 @pytest.mark.parametrize(("ids", "with_images"), [(prompt(9)[None], False), (torch.tensor([[7]]), True)])

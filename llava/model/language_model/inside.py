@@ -58,15 +58,16 @@ class _Look:
         """`[B, H, L, d]` in float32, for as long as rows are asked for."""
         return self._keys()
 
-    def rows(self, rows: Tensor) -> Tensor:
-        """Attention of `rows [B, Q]`, `[B, H, Q, L]` in float32."""
-        at = rows[..., None]  # [B, Q, 1]
-        cos, sin = (t.expand(len(rows), -1, -1).gather(1, at.expand(-1, -1, t.shape[-1])) for t in self.rotary)
-        q = self._heads("q_proj")
+    def rows(self, rows: Tensor, prompts: slice = slice(None)) -> Tensor:
+        """Attention of `rows [B, Q]` of some prompts, `[B, H, Q, L]` in float32."""
+        at, role = rows[..., None], self.role[prompts]  # [B, Q, 1], [B, L]
+        angles = (t.expand(len(self.role), -1, -1)[prompts] for t in self.rotary)
+        cos, sin = (t.gather(1, at.expand(-1, -1, t.shape[-1])) for t in angles)
+        q = self._heads("q_proj")[prompts]
         q = _rotate(q.gather(2, at[:, None].expand(-1, q.shape[1], -1, q.shape[3])), cos, sin)
-        scores = (q.float() @ self.keys.mT) * self.attention.scaling  # [B, H, Q, L]
-        places = torch.arange(self.role.shape[1], device=rows.device)
-        seen = (places <= at) & (self.role != PAD)[:, None]  # [B, Q, L]
+        scores = (q.float() @ self.keys[prompts].mT) * self.attention.scaling  # [B, H, Q, L]
+        places = torch.arange(role.shape[1], device=rows.device)
+        seen = (places <= at) & (role != PAD)[:, None]  # [B, Q, L]
         return cast(Tensor, scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1))
 
     def queries_keys(self) -> tuple[Tensor, Tensor]:
