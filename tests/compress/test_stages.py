@@ -44,8 +44,8 @@ def run(method: Compressor, role: Tensor, hidden: Tensor, rows: slice = slice(No
         seen = torch.ones(length, length, device=role.device).tril().bool() & (role != PAD)[:, None]
         maps = (hidden.float() @ hidden.float().mT).masked_fill(~seen, -torch.inf).softmax(-1)[:, None]
 
-        def attention(asked: Tensor, maps: Tensor = maps) -> Tensor:
-            return maps.gather(2, asked[:, None, :, None].expand(-1, -1, -1, maps.shape[3]))
+        def attention(asked: Tensor, prompts: slice = slice(None), maps: Tensor = maps) -> Tensor:
+            return maps[prompts].gather(2, asked[:, None, :, None].expand(-1, -1, -1, maps.shape[3]))
 
         tokens = LayerTokens(
             layer=layer,

@@ -86,9 +86,11 @@ def test_visionzips_own_tokens_are_accounted_for(
 
 def test_who_reads_the_account_counts_the_same(traced, checkpoint: Callable[..., Path]) -> None:
     trace = traced("visionzip(retention_ratio=0.25)", [(168, 168)])
-    trace.sequence_lengths.append(10 + trace.ledger()["images"][0]["tokens"])
+    model, visual = load(str(checkpoint("v1.6-vicuna"))), trace.ledger()["images"][0]["tokens"]
+    trace.sequence_lengths.append(10 + visual)
     trace.n_text.append(10)
-    (request,) = trace_requests(load(str(checkpoint("v1.6-vicuna"))), trace)
+    trace.visual_per_layer.append((visual,) * model.language.layers)
+    (request,) = trace_requests(model, trace)
     assert (request.kept, request.projected) == (40, 45)  # the projector runs on appended tokens too
     # Pictures show patches: an appended token is at no place of them.
     assert visualize.kept_patches(trace.images[0]).sum() == 40
