@@ -24,5 +24,9 @@ class InputError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+class PromptTooLong(InputError):
+    """A prompt has more tokens, its images included, than the model takes."""
+
+
 class OutOfReach(InputError):
     """A method with these fields cannot come down to the retention ratio asked for, on this image and model."""

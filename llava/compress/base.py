@@ -7,7 +7,6 @@ what it intends for an image of a given size (`Plan`) and chooses tokens (`Selec
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -183,7 +182,7 @@ class Compressor:
     encoder_reads: ClassVar[tuple[str, ...]] = ()
     """What `reduce_in_encoder` looks at, in words for the listing."""
     has_ratio: ClassVar[bool] = True
-    """The number of kept tokens follows the retention ratio, unless a field fixes it: see `follows_ratio`."""
+    """The number of kept tokens follows the retention ratio, unless a field stands in for it: see `fixed`."""
     llm_middle: ClassVar[bool] = False
     """The points in the language model lie between attention and MLP of their layers, not behind them."""
 
@@ -234,14 +233,19 @@ class Compressor:
         return resolve_ratio(self.retention_ratio)
 
     @property
+    def fixed(self) -> bool:
+        """A field says how many tokens go, in place of the retention ratio."""
+        return False
+
+    @property
     def follows_ratio(self) -> bool:
-        """The number of kept tokens follows the retention ratio: there is one, and no field stands in for it."""
-        return self.has_ratio
+        """The number of kept tokens follows the retention ratio."""
+        return self.has_ratio and not self.fixed
 
     def plan(self, grid: AnyResGrid, layout: Layout = Layout()) -> Plan:
         """Announce how many patches of an image of this size will be kept."""
         patches = grid.n_patches(layout.unpad)
-        ratio = (self.ratio if self.follows_ratio else None) if self.has_ratio else 1.0
+        ratio = None if self.fixed else self.ratio if self.has_ratio else 1.0
         return Plan(ratio=ratio, patches=patches, at_least=patches, at_most=patches)
 
     def select(self, views: Views) -> Selection:
@@ -294,6 +298,20 @@ class Compressor:
         """The same for a language model of that depth."""
         return self.llm_points
 
+    def checked_points(self, depth: int) -> tuple[int, ...]:
+        """The same, for sure in that language model.
+
+        Raises:
+            InputError: it has too few layers.
+        """
+        points = self.points_in(depth)
+        # Behind the last layer nothing is left to run; in its middle, its MLP is.
+        if points and points[-1] >= depth - (not self.llm_middle):
+            raise InputError(
+                f"{self} drops tokens after layer {points[-1]}, but the model has {depth} layers; choose an earlier one"
+            )
+        return points
+
     def reduce_in_llm(self, tokens: LayerTokens) -> Reduction:
         """Choose what goes on from `tokens.layer`, and how; must keep all text. Reads nothing from the device."""
         raise NotImplementedError(f"{self.name} has no llm_points")
@@ -322,11 +340,6 @@ class Compressor:
         """The method in call syntax, with the fields that differ from their defaults; `get` reads it back."""
         changed = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
         return f"{self.name}({', '.join(changed)})"
-
-
-def percent_above(share: float) -> str:
-    """Write a share as the least percentage, to two places, that is not below it: what there is to ask for."""
-    return f"{ceil(share * 10_000 - 1e-9) / 100:.2f}%"
 
 
 def split_budget(ratio: float, grid: AnyResGrid, unpad: bool = True) -> tuple[int, int]:

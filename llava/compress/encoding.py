@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from llava.anyres import AnyResGrid
-from llava.compress.base import Compressor, Layout, Plan, Selection, Views, exact_plan, percent_above, uniform_counts
-from llava.compress.tokens import on_device, top_indices
+from llava.compress.base import Compressor, Layout, Plan, Selection, Views, exact_plan, uniform_counts
+from llava.compress.tokens import on_device, percent_above, top_indices
 from llava.constants import InputError, OutOfReach
 
 
@@ -125,9 +125,9 @@ class InEncoder(Compressor):
         self._require_one("r")
 
     @property
-    def follows_ratio(self) -> bool:
-        """Unless r is given."""
-        return self.r is None
+    def fixed(self) -> bool:
+        """By r."""
+        return self.r is not None
 
     @property
     def encoder_ratio(self) -> float:

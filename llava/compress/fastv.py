@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from llava.compress.base import Compressor, percent_above
+from llava.compress.base import Compressor
 from llava.compress.stages import BUDGETS, PAD, PAPER_TOKENS, LayerSizes, LayerTokens, Product, Reduction
-from llava.compress.tokens import on_device, top_indices
+from llava.compress.tokens import on_device, percent_above, top_indices
 from llava.constants import InputError, OutOfReach
 
 
@@ -18,7 +18,8 @@ class FastV(Compressor):
     keep their positions.
 
     Profiles: `released` looks for the image one token behind where it is, as the default of the release does: the first
-    image token always stays, and the first token behind the image may go in its stead.
+    image token always stays, and the first token behind the image may go in its stead; an image that ends the prompt,
+    behind which nothing is, is ranked as it stands.
 
     Differs from the released code in: image tokens are found per prompt and not configured; each prompt of a batch has
     its own choice; one row of attention is computed apart, so that the layer runs on fused attention; KV caches are
@@ -58,7 +59,7 @@ class FastV(Compressor):
         if self.budget == "paper":
             return (n_visual,) * layer + (min(n_visual, round(ratio * self.full)),) * (depth - layer)
         after = ratio if self.budget == "after" else (ratio * depth - layer) / (depth - layer)
-        if after < 0:
+        if after < -1e-9:
             raise OutOfReach(
                 f"fastv with layer={layer} of {depth} keeps {layer / depth:.2%} of the image tokens on average even if "
                 f"it drops all of them; ask for at least {percent_above(layer / depth)}, lower layer, or take "

@@ -6,10 +6,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from llava.compress.base import Compressor, percent_above
+from llava.compress.base import Compressor
 from llava.compress.merge import merge_into, merge_product, n_targets, target_weights
 from llava.compress.stages import BUDGETS, TEXT, LayerSizes, LayerTokens, Product, Reduction, places_of
-from llava.compress.tokens import top_indices
+from llava.compress.tokens import percent_above, top_indices
 from llava.constants import InputError, OutOfReach
 
 CHUNK = 128
@@ -202,9 +202,9 @@ class FiCoCoL(Compressor):
         self._require_switch("AT")
 
     @property
-    def follows_ratio(self) -> bool:
-        """Unless r is given."""
-        return self.r is None
+    def fixed(self) -> bool:
+        """By r."""
+        return self.r is not None
 
     @property
     def llm_points(self) -> tuple[int, ...]:
@@ -256,7 +256,7 @@ class FiCoCoL(Compressor):
         # Layers without one merged token count it once each: a token less from layer to layer, until all have merged.
         weight = sum(min(max(layer - points[0], 0), len(points)) for layer in range(depth))
         lowest = 1 - most * weight / (n * depth)
-        if ratio < lowest:
+        if ratio < lowest - 1e-9:
             raise OutOfReach(
                 f"ficoco_l merging in layers {points[0]} to {points[-1]} of {depth} keeps {lowest:.2%} of the image "
                 f"tokens on average even if it merges all into one; ask for at least {percent_above(lowest)}, lower "

@@ -42,15 +42,18 @@ class FiCoCoVL(ficoco_v.FiCoCoV):
         super().__post_init__()
         self._require("vision_share", float, 0, 1)
         self._require_switch("AT")
+        for number, switch in (("r", "merge_visual"), ("r_language", "AT")):
+            if getattr(self, number) is not None and not getattr(self, switch):
+                raise InputError(f"{self.name}'s {number} means nothing with {switch}=False; give one of them only")
         if self.merge_visual and self.AT and (self.r is None) != (self.r_language is None):
             raise InputError(f"give {self.name} both r and r_language or neither, got {self.r} and {self.r_language}")
         self._require_one("r_language")
         self._language_at(1.0)  # refuses the rest
 
     @property
-    def follows_ratio(self) -> bool:
-        """Unless the numbers of tokens are given."""
-        return (self.r if self.merge_visual else self.r_language) is None
+    def fixed(self) -> bool:
+        """By r and r_language."""
+        return self.r is not None or self.r_language is not None
 
     @property
     def encoder_ratio(self) -> float:
@@ -90,9 +93,10 @@ class FiCoCoVL(ficoco_v.FiCoCoV):
         try:
             return self._language.visual_per_layer(n_visual, depth)
         except InputError as error:
+            share = "" if self.fixed else f" a share of {self._language.ratio:.3g}"
             raise type(error)(
-                f"{self.name} leaves a share of {self._language.ratio:.3g} to FiCoCo-L (fields control_language_layer, "
-                f"language_layers, r_language here; a larger vision_share leaves it less to do): {error}"
+                f"{self.name} leaves the rest to FiCoCo-L,{share} (fields control_language_layer, language_layers, "
+                f"r_language here; a larger vision_share leaves it less to do): {error}"
             ) from error
 
     def visual_left(self, n_visual: int, depth: int) -> int:

@@ -8,9 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from llava.compress.base import Compressor, percent_above
+from llava.compress.base import Compressor
 from llava.compress.stages import BUDGETS, PAPER_TOKENS, TEXT, LayerSizes, LayerTokens, Product, Reduction, places_of
-from llava.compress.tokens import top_indices
+from llava.compress.tokens import percent_above, top_indices
 from llava.constants import InputError, OutOfReach
 
 PUBLISHED = {64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110)}
@@ -183,7 +183,7 @@ class SparseVLM(Compressor):
         low, high = 0.0, 1.0
         if abs(mean(scaled(target / n)) - target) <= CLOSE * n:
             return scaled(target / n)
-        if (lowest := mean(scaled(low))) > target:
+        if (lowest := mean(scaled(low))) > target + 1e-9 * n:
             raise OutOfReach(
                 f"sparsevlm behind layers {self.layers} of {depth} keeps {lowest / n:.2%} of the image tokens on "
                 f"average even if it drops all it can; ask for at least {percent_above(lowest / n)}, or take earlier "

@@ -1,6 +1,7 @@
-"""The three integer questions every method asks: how many, which ones, and how to share a total out."""
+"""What every method asks of numbers: how many, which ones, how to share a total out; and how to say and move them."""
 
 from collections.abc import Sequence
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -9,6 +10,11 @@ from torch import Tensor
 def budget(ratio: float, n: int) -> int:
     """Return ⌊ratio · n⌋, computed on the float product as the released codes do."""
     return int(ratio * n)
+
+
+def percent_above(share: float) -> str:
+    """Write a share as the least percentage, to two places, that is not below it: what there is to ask for."""
+    return f"{ceil(share * 10_000 - 1e-9) / 100:.2f}%"
 
 
 def on_device(

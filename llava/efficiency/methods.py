@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 
@@ -115,6 +116,23 @@ def plan_request(
     return Planned(method=str(method), grid=grid, plan=plan, newlines=newlines, extra=extra, text=text, request=request)
 
 
+def check_reach(model: Model, method: Compressor) -> None:
+    """Let a method plan for the largest and for the smallest sequence of image tokens that a model makes.
+
+    Raises:
+        InputError: it cannot do what it is asked to for either; for one in between it still may not be able to.
+    """
+    tile = model.tower.image_size
+    largest = max(model.pinpoints, key=prod, default=(tile, tile))
+    try:
+        plan_request(model, method, largest)
+    except InputError as error:
+        try:
+            plan_request(model, method, (1, tile))
+        except InputError:
+            raise error from None
+
+
 def trace_requests(model: Model, trace: Trace, output: int = 1) -> list[Request]:
     """Return the requests that a model really ran, one for every row of the batch.
 
@@ -129,7 +147,8 @@ def trace_requests(model: Model, trace: Trace, output: int = 1) -> list[Request]
         output: tokens produced.
 
     Raises:
-        InputError: several rows share an unequal number of images, so that it is unknown which belongs to which.
+        InputError: it is unknown which image belongs to which row, as they do not have equally many, or as nothing was
+            generated.
     """
     rows, images = trace.sequence_lengths, trace.images
     if not rows or len(images) % len(rows):
@@ -142,7 +161,7 @@ def trace_requests(model: Model, trace: Trace, output: int = 1) -> list[Request]
     for row, (length, question) in enumerate(zip(rows, trace.n_text, strict=True)):
         own = images[row * share : (row + 1) * share]
         if sum(image.packed.visual + image.packed.newlines for image in own) != visual[row][0]:
-            raise InputError(f"row {row} has other images than its share of {share}; give every row as many")
+            raise InputError(f"cannot tell which images belong to row {row}; give every row as many, and generate")
         layout = Layout(unpad=all(image.unpad for image in own))
         request = _request(
             model,
@@ -189,7 +208,7 @@ def _request(
         projected=projected,
         tokens=tokens,
         mlp_tokens=(*tokens[1:], last) if method.llm_middle else None,
-        runs=(0, *(point + 1 for point in method.points_in(depth) if point + 1 < depth)),
+        runs=(0, *(point + 1 for point in method.checked_points(depth) if point + 1 < depth)),
         output=output,
         batch=batch,
         # A tap records a layer's input, so every layer before it must run (see `compress.attach`).

@@ -22,6 +22,8 @@ from tqdm import tqdm
 from llava.compress.base import Compressor
 from llava.constants import InputError
 from llava.conversation import check_template, conv_templates
+from llava.efficiency.methods import check_reach
+from llava.efficiency.shapes import from_config
 from llava.eval import benchmarks
 from llava.eval.benchmarks.base import Question, Row
 from llava.eval.engine import Answer, Asked, Engine
@@ -150,12 +152,17 @@ def configuration(args: argparse.Namespace, method: str) -> Row:
 
 
 def load_engine(args: argparse.Namespace, method: Any, device: str) -> tuple[Engine, Any]:
-    """Load the model; returns its engine and its image processor."""
+    """Load the model; returns its engine and its image processor.
+
+    Raises:
+        InputError: there is no such model, or the method cannot work in it.
+    """
     options = {**load_options(args), "device": args.device if args.device not in (None, "cuda") else device}
     tokenizer, model, processor, _ = load_pretrained_model(args.model_path, args.model_base, **options)
     if processor is None:
         raise InputError(f"{args.model_path!r} is a language model without vision; give a LLaVA checkpoint")
     model.method = method
+    check_reach(from_config(model.config.to_dict(), args.model_path), method)
     generation = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
     if args.temperature > 0:
         generation |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
@@ -167,12 +174,13 @@ def run(args: argparse.Namespace) -> Row:
     """Answer a question file; returns the summary.
 
     Raises:
-        InputError: something the run needs is missing or does not fit; nothing was answered then.
+        InputError: something the run needs is missing or does not fit. Nothing was answered then, unless it is a
+            picture for which the method cannot do what it is asked to: what was answered before is kept.
     """
     with Ranks(args.num_processes) as ranks:
         # A missing checkpoint is said before anything is written.
         method = choose_method(read_config(args.model_path), args.method, args.retention_ratio, args.profile)
-        if method.follows_ratio:
+        if not method.fixed:
             method = replace(method, retention_ratio=method.ratio)
         if args.conv_mode not in (None, *conv_templates):
             raise InputError(

@@ -6,24 +6,20 @@ from the cached keys and values. Greedy answers equal those of asking one by one
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from llava.anyres import AnyResGrid, parse_pinpoints
 from llava.compress.pack import Packed
 from llava.compress.trace import Trace
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, InputError
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, PromptTooLong
 from llava.eval.benchmarks.base import Question
 from llava.eval.pictures import Picture
 from llava.eval.run_llava import build_prompt
 from llava.mm_utils import tokenizer_image_token
-from llava.model.language_model.inside import check_points
 from llava.model.language_model.prefix import SharedPrefix
-from llava.model.views import LAYOUTS
 
 # Images whose questions are looked at together, in batches, to put prompts of like length side by side.
 WINDOW = 4
@@ -81,11 +77,7 @@ class Engine:
             batch: questions the language model answers at once.
             conv_mode: conversation template; None: the checkpoint's.
             **generation: for `generate`.
-
-        Raises:
-            InputError: the method cannot do in this model what it is asked to, not even to the largest image.
         """
-        _check_reach(model)
         self.tokenizer, self.model, self.batch, self.conv_mode = tokenizer, model, batch, conv_mode
         self.generation = generation
         # What cannot share a cache goes one by one: methods that read the prompt, beams, windows shorter than a prompt.
@@ -144,7 +136,7 @@ class Engine:
             output = self.model.generate(
                 asked.ids[None], images=images, image_sizes=[picture.size], trace=trace, **self.generation
             )
-        except InputError as error:
+        except PromptTooLong as error:
             yield Answer(asked.index, asked.question, error=str(error))
             return
         yield Answer(asked.index, asked.question, self._text(output[0]), *_tokens(trace))
@@ -164,14 +156,7 @@ class Engine:
         for start in range(0, len(seen), step):
             part = seen[start : start + step]
             trace = Trace()
-            views, sizes = self._images([p for p, _ in part]), [p.size for p, _ in part]
-            try:
-                packed = self.model.compress_images(views, sizes, trace)
-            except InputError:  # one of them is too much for the method; alone, each says so by itself
-                for picture, questions in part:
-                    for asked in questions:
-                        yield from self._alone(picture, asked)
-                continue
+            packed = self.model.compress_images(self._images([p for p, _ in part]), [p.size for p, _ in part], trace)
             totals = [image.plan.patches for image in trace.images]
             shown += [_Shown(p, q, made, n) for (p, q), made, n in zip(part, packed, totals, strict=True)]
         for unit in shown:
@@ -242,24 +227,6 @@ class Engine:
 
     def _text(self, ids: Tensor) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-
-def _check_reach(model: Any) -> None:
-    """Let the model's method plan for the largest image the model takes, before anything is answered.
-
-    Raises:
-        InputError: it cannot work in this model, or not meet its ratio there.
-    """
-    config, tower, method = model.config, model.get_vision_tower(), model.method
-    tile, size, crops = tower.config.image_size, None, None
-    if config.image_aspect_ratio == "anyres":
-        size = max(parse_pinpoints(config.image_grid_pinpoints), key=prod)
-        crops = (size[0] // tile, size[1] // tile)
-    grid = AnyResGrid(image_size=size or (tile, tile), crops=crops, side=tower.num_patches_per_side)
-    layout = LAYOUTS[config.mm_patch_merge_type]
-    left = sum(method.patches_per_layer(grid, layout, tower.depth)[-1])
-    check_points(method, config.num_hidden_layers)
-    method.visual_per_layer(min(left, method.plan(grid, layout).at_most), config.num_hidden_layers)
 
 
 def _tokens(trace: Trace) -> tuple[int, int]:

@@ -45,7 +45,7 @@ def words(args: argparse.Namespace, name: str, method: str, ratio: float) -> Ite
     yield from ("--answers-file", str(args.out / benchmark.folder / f"{label}.jsonl"))
     yield from ("--batch-size", str(args.batch_size), "--num-workers", "0")
     yield from ("--max-new-tokens", str(args.max_new_tokens), *OPTIONS.get(name, ()))
-    if get(method).follows_ratio:
+    if not get(method).fixed:
         yield from ("--retention-ratio", str(ratio))
     if args.device:
         yield from ("--device", args.device)

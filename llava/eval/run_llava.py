@@ -140,7 +140,8 @@ def describe(ledger: dict[str, Any], names: Sequence[str]) -> str:
         grid = f"a {image['grid'][0]}x{image['grid'][1]} grid" if image["grid"] else "a single view"
         lines.append(f"image {Path(name).name}: {width}x{height}, {grid}")
         asked, planned = ratio_text(image["requested_ratio"]), image["planned"]
-        lines.append(f"  {asked} of {sum(before)} patches: {planned} planned to enter the language model")
+        planned = " to ".join(map(str, planned)) if isinstance(planned, list) else planned
+        lines.append(f"  {asked}: of {sum(before)} patches {planned} planned to enter the language model")
         views = ["thumbnail", *(f"crop {j + 1}" for j in range(len(before) - 1))]
         kept = ", ".join(f"{view} {k} of {n}" for view, k, n in zip(views, after, before, strict=True))
         appended = f" and {image['appended']} appended" if image["appended"] else ""

@@ -61,9 +61,9 @@ def method_key(spec: str) -> Key:
         raise InputError(f"cannot read the recorded method {spec!r}")
     fields = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     ratio = float(fields.pop("retention_ratio", 1.0))
-    if not get(spec).follows_ratio:
-        ratio = 1.0 if call.func.id == UPPER[0] else OWN
     rest = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+    if not get(f"{call.func.id}({rest})").follows_ratio:
+        ratio = 1.0 if call.func.id == UPPER[0] else OWN
     return (f"{call.func.id}({rest})" if rest else call.func.id), ratio
 
 

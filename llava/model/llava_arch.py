@@ -32,7 +32,7 @@ from llava.compress.base import Compressor, Layout, Plan, Selection, Taps, Views
 from llava.compress.pack import Packed, pack
 from llava.compress.tokens import apportion, budget, fill_shares, on_device, top_indices, unit
 from llava.compress.trace import ImageTrace, Trace
-from llava.constants import IMAGE_TOKEN_INDEX, InputError
+from llava.constants import IMAGE_TOKEN_INDEX, InputError, PromptTooLong
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import Spliced, splice
@@ -339,7 +339,7 @@ class LlavaMetaForCausalLM:
         spliced = splice(input_ids.to(embed.weight.device), packed, embed, attention_mask, labels, padding_side)
         longest, limit = max(spliced.lengths), self.config.max_position_embeddings
         if longest > limit:
-            raise InputError(
+            raise PromptTooLong(
                 f"the prompt is {longest} tokens long with its images, the model's limit is {limit}; "
                 "lower the retention ratio, give fewer images or a shorter question"
             )

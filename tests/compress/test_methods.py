@@ -365,6 +365,8 @@ def test_get(spec: str, fallback: dict[str, object], text: str) -> None:
         ("globalcom2(alpha=1.5)", "alpha.*1.5"),
         ("globalcom2(alpha='half')", "alpha.*half"),
         ("random(seed='x')", "seed.*x"),
+        ("ficoco_vl(merge_visual=False, r=5)", "r means nothing with merge_visual=False"),
+        ("ficoco_vl(AT=False, r_language=5)", "r_language means nothing with AT=False"),
         (f"random(seed={2**63})", "seed.*9223372036854775808"),
         (f"fastv(layer=1{'0' * 400})", "layer.*000"),
         (f"fastv(layer={'-' * 5000}1)", "cannot read"),

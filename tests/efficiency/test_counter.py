@@ -290,7 +290,7 @@ def test_images_that_cannot_be_told_apart_are_refused(small: Callable[[str], Sma
     """Two in the first row and none in the second are one each, by number; by tokens they are not."""
     model, size = small("v1.6-vicuna"), CROPS[1][1]
     found = model.run("none", [size, size], [[1, IMAGE_TOKEN_INDEX, 5, IMAGE_TOKEN_INDEX], [1, 5, 6, 7]])
-    with pytest.raises(InputError, match="row 0 has other images"):
+    with pytest.raises(InputError, match="belong to row 0"):
         found.requests(model.shape)
 
 

@@ -11,7 +11,7 @@ from llava.compress import available, get, method_class
 from llava.compress.trace import Trace
 from llava.constants import InputError
 from llava.efficiency.flops import every_layer
-from llava.efficiency.methods import image_grid, plan_request, trace_requests
+from llava.efficiency.methods import check_reach, image_grid, plan_request, trace_requests
 from llava.efficiency.ops import total
 from llava.efficiency.shapes import MODELS, load
 from llava.mm_utils import process_images
@@ -93,6 +93,23 @@ def test_dropping_inside_the_language_model() -> None:
     assert looks == {"gather": 0, "rows": 2988 * 4096}, "the layer's own projections are looked at"
     with pytest.raises(InputError, match=r"ask for at least 6\.25%"):
         plan_request(NEXT, get("fastv", retention_ratio=0.05), (672, 672))
+
+
+def test_what_no_image_can_meet_is_refused() -> None:
+    for spec, said in (
+        ("fastv(retention_ratio=0.06)", r"at least 6\.25%"),
+        ("fastv(layer=32)", "32 layers"),
+        ("sparsevlm(layers=(2, 6, 31))", "choose earlier layers"),
+        ("tome(first_layer=23)", "lower first_layer"),
+        ("ficoco_l(r=109)", "merges 2943 tokens"),
+    ):
+        with pytest.raises(InputError, match=said):
+            check_reach(NEXT, get(spec))
+    # The first two for the largest image alone, newlines included; the third for a thumbnail alone.
+    for spec in ("ficoco_l(r=107)", "ficoco_vl(r=49, r_language=8)", "sparsevlm(budget='paper', retention_ratio=0.04)"):
+        check_reach(NEXT, get(spec))
+        with pytest.raises(InputError):
+            plan_request(NEXT, get(spec), (672, 672) if "paper" in spec else (1, 336))
 
 
 def test_the_question_is_what_follows_the_image() -> None:

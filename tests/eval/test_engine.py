@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 from llava.compress import get
-from llava.compress.base import Selection, Views
-from llava.constants import InputError
 from llava.eval.benchmarks.base import Question
 from llava.eval.engine import WINDOW, Answer, Asked, Engine
 from llava.eval.pictures import Picture
@@ -175,42 +173,6 @@ def test_what_cannot_share_goes_one_by_one(engine, show, monkeypatch):
     assert all(not answer.error for answer in ask(engine(num_beams=2), groups))
     monkeypatch.setattr(machine.model.config, "sliding_window", 64, raising=False)
     assert not engine().shares
-
-
-class Picky(get("none").__class__):  # type: ignore[misc]
-    """A method that cannot do anything with one of the pictures."""
-
-    def select(self, views: Views) -> Selection:
-        if views.grid.image_size == SIZES[2]:
-            raise InputError("this picture is too thin for me")
-        return cast(Selection, super().select(views))
-
-
-def test_a_picture_that_is_too_much_for_a_method_spoils_no_other(engine, show, monkeypatch):
-    groups = [(show(group), texts(group, 2)) for group in range(5)]
-    wanted = plain(ask(engine("none"), groups))
-    machine = engine("none")
-    monkeypatch.setattr(machine.model, "method", Picky())
-    found = ask(machine, groups)
-    assert [answer.error for answer in found[4:6]] == ["this picture is too thin for me"] * 2
-    assert plain(found[:4] + found[6:]) == wanted[:4] + wanted[6:]
-    # Of the smallest picture, FiCoCo-L's authors' switch would merge more tokens than there are.
-    found = ask(engine("ficoco_l(control_encoding_layer=-1, r=30)"), groups)
-    errors = [answer.error is not None for answer in found]
-    assert 0 < sum(errors) < len(errors)
-    assert all("merges 90 tokens, but the image has" in answer.error for answer in found if answer.error)
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_what_no_picture_can_meet_is_said_before_the_first(engine, version):
-    for method, said in (
-        ("fastv(layer=1, retention_ratio=0.1)", "ask for at least 33"),
-        ("fastv(layer=3)", "3 layers"),
-        ("tome(first_layer=5)", "lower first_layer"),
-        ("ficoco_l(control_encoding_layer=-1, r=200)", "merges 600 tokens"),
-    ):
-        with pytest.raises(InputError, match=said):
-            engine(method, version)
 
 
 def test_templates_that_begin_with_the_image(engine, show):

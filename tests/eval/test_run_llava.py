@@ -37,7 +37,7 @@ def test_answer_on_stdout_and_ledger_on_stderr(command, photo, loaded):
     tokenizer, model, processor, _ = loaded()
     assert out.strip() == ask(tokenizer, model, processor, "what is this?", [Image.open(photo)], max_new_tokens=4)
     assert "300x200, a 2x2 grid" in err
-    assert "ratio 0.25 of 132 patches: 33 planned to enter the language model" in err
+    assert "ratio 0.25: of 132 patches 33 planned to enter the language model" in err
     for stage in ("vision", "selection", "prefill", "decode"):
         assert stage in err
 
@@ -64,10 +64,10 @@ def test_what_was_asked_for_is_reported_wherever_it_is_met(command, photo):
         words = ["--image-file", photo, "--method", method, "--retention-ratio", "0.5"]
         code, out, _ = command(*words, "--json")
         assert (code, json.loads(out)["retention_ratio"]) == (0, asked)
-        assert f"ratio {asked:g} of 132 patches" in command(*words)[2]
+        assert f"ratio {asked:g}: of 132 patches" in command(*words)[2]
     code, out, _ = command("--image-file", photo, "--method", "tome(r=5)", "--json")
     assert (code, json.loads(out)["retention_ratio"]) == (0, None)
-    assert "no ratio of 132 patches" in command("--image-file", photo, "--method", "tome(r=5)")[2]
+    assert "no ratio: of 132 patches 5 to 107 planned" in command("--image-file", photo, "--method", "tome(r=5)")[2]
 
 
 def test_ratio_argument_goes_before_flag_before_environment_before_line_101(command, photo, monkeypatch):

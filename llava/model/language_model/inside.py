@@ -19,7 +19,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.compress.base import Compressor
 from llava.compress.stages import PAD, TEXT, LayerTokens, Reduction
-from llava.constants import InputError
 from llava.model.splice import Spliced
 
 
@@ -98,7 +97,7 @@ class Inside:
         """
         self.inner, self.method = inner, method
         self.depth = len(inner.layers)
-        self.points = check_points(method, self.depth) if any(prompts.n_visual) else ()
+        self.points = method.checked_points(self.depth) if any(prompts.n_visual) else ()
         self.planned = [method.visual_per_layer(n, self.depth) for n in prompts.n_visual]
         """Image tokens of every layer, per row."""
         self._stages: list[_Stage] = []
@@ -251,21 +250,6 @@ def gather_kept(reduction: Reduction, role: Tensor, n_visual: tuple[int, ...]) -
         order = reduction.place.argsort(stable=True, dim=1)
         chosen = order.gather(1, keep.gather(1, order).long().argsort(stable=True, dim=1)[:, -length:])
     return chosen, role.gather(1, chosen).masked_fill(~keep.gather(1, chosen), PAD)
-
-
-def check_points(method: Compressor, depth: int) -> tuple[int, ...]:
-    """Return a method's points in a language model of `depth` layers.
-
-    Raises:
-        InputError: the model has too few layers.
-    """
-    points = method.points_in(depth)
-    # Behind the last layer nothing is left to run; in its middle, its MLP is.
-    if points and points[-1] >= depth - (not method.llm_middle):
-        raise InputError(
-            f"{method} drops tokens after layer {points[-1]}, but the model has {depth} layers; choose an earlier one"
-        )
-    return points
 
 
 @contextmanager
