@@ -88,6 +88,22 @@ def uncompressed(model: Any) -> list[tuple[int, int]]:
     ]
 
 
+@pytest.mark.parametrize(
+    ("spec", "depth"),
+    [
+        *(("sparsevlm(recycle=False)", depth) for depth in (40, 80)),
+        *(("sparsevlm", 32), ("fastv", 32), ("fastv(layer=29)", 50), ("ficoco_l", 32), ("ficoco_l", 40)),
+    ],
+)
+def test_what_a_refusal_offers_is_accepted(spec: str, depth: int) -> None:
+    for n in range(40, 3000, 97):
+        with pytest.raises(InputError) as refused:
+            get(spec, retention_ratio=0.01).visual_per_layer(n, depth)
+        (percent,) = re.findall(r"at least ([\d.]+)%", str(refused.value))
+        offered = get(spec, retention_ratio=float(percent) / 100).visual_per_layer(n, depth)
+        assert 100 * sum(offered) / (n * depth) == pytest.approx(float(percent), abs=0.5)
+
+
 def test_the_images_differ(uncompressed: list[tuple[int, int]]) -> None:
     assert len({width / height for width, height in SIZES}) == len(SIZES) == 10
     assert {choose_grid(size, PINPOINTS, TILE) for size in SIZES} == set(GRIDS)

@@ -31,6 +31,8 @@ def test_columns_are_the_ten_benchmarks():
     [
         ("none(retention_ratio=0.25)", ("none", 1.0)),
         ("globalcom2(retention_ratio=0.25)", ("globalcom2", 0.25)),
+        ("tome(r=5)", ("tome(r=5)", table.OWN)),
+        ("ficoco_l(retention_ratio=0.25, r=5)", ("ficoco_l(r=5)", table.OWN)),  # as once recorded
         ("globalcom2(retention_ratio=0.1, profile='released')", ("globalcom2(profile='released')", 0.1)),
     ],
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llava.constants import InputError
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
+from llava.model.builder import choose_method, load_pretrained_model
 from llava.model.miniature import SIDE, TILE, VISION, write_miniature
 from llava.model.multimodal_encoder.builder import image_processor, vision_config
 from tests.conftest import picture
@@ -175,6 +175,16 @@ def test_rotary_frequencies(version: str, theta: float, dtype: torch.dtype, tmp_
 def test_a_null_in_the_config_is_a_value(tmp_path: Path) -> None:
     """`sliding_window: null` turns Mistral's window off; its default of 4096 would cut off what lies further back."""
     assert load(write_miniature(tmp_path, "v1.6-mistral"))[1].config.sliding_window is None
+
+
+def test_tokens_per_layer_go_before_a_ratio_of_the_config() -> None:
+    config = {"retention_ratio": 0.3, "method": "uniform", "other": 1}
+    assert str(choose_method(config.copy(), "tome(r=5)")) == "tome(r=5)"
+    assert str(choose_method(config.copy(), "tome")) == "tome(retention_ratio=0.3)"
+    assert str(choose_method(config)) == "uniform(retention_ratio=0.3)"
+    assert config == {"other": 1}
+    with pytest.raises(InputError, match="either r or retention_ratio"):
+        choose_method({}, "tome(r=5)", 0.3)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
