@@ -183,6 +183,8 @@ class Compressor:
     """What `reduce_in_encoder` looks at, in words for the listing."""
     has_ratio: ClassVar[bool] = True
     """The number of kept tokens follows the retention ratio, unless a field stands in for it: see `fixed`."""
+    numbers: ClassVar[tuple[str, ...]] = ()
+    """Fields that say how many tokens go, in place of the retention ratio; None where they do not."""
     llm_middle: ClassVar[bool] = False
     """The points in the language model lie between attention and MLP of their layers, not behind them."""
 
@@ -195,6 +197,10 @@ class Compressor:
         """Refuse values that cannot mean anything."""
         if self.retention_ratio is not None:
             object.__setattr__(self, "retention_ratio", parse_ratio(self.retention_ratio))
+        for name in self.numbers:
+            if getattr(self, name) is not None and self.retention_ratio is not None:
+                given = f"{getattr(self, name)} and {self.retention_ratio:g}"
+                raise InputError(f"give {self.name} either {name} or retention_ratio, got {given}")
         if self.profile not in self.profiles:
             raise InputError(f"{self.name} has no profile {self.profile!r}; choose from {', '.join(self.profiles)}")
 
@@ -204,12 +210,6 @@ class Compressor:
         number = isinstance(value, (int, kind)) and not isinstance(value, bool)
         if not number or not low <= value <= high:
             raise InputError(f"{self.name}'s {field} must be in [{low:g}, {high:g}], got {value!r}")
-
-    def _require_one(self, field: str) -> None:
-        """Refuse a number of tokens where a retention ratio asks for another; for `__post_init__`."""
-        given = getattr(self, field)
-        if given is not None and self.retention_ratio is not None:
-            raise InputError(f"give {self.name} either {field} or retention_ratio, got {given} and {self.ratio:g}")
 
     def _require_choice(self, field: str, choices: tuple[str, ...]) -> None:
         """Refuse a word that is none of the choices; for `__post_init__`."""
@@ -235,7 +235,7 @@ class Compressor:
     @property
     def fixed(self) -> bool:
         """A field says how many tokens go, in place of the retention ratio."""
-        return False
+        return any(getattr(self, name) is not None for name in self.numbers)
 
     @property
     def follows_ratio(self) -> bool:

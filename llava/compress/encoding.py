@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -114,6 +115,8 @@ class InEncoder(Compressor):
     less. A view that has any patch keeps one until `select`.
     """
 
+    numbers: ClassVar[tuple[str, ...]] = ("r",)
+
     r: int | None = None
     """Patches every view gives up in every merging layer, the authors' switch; None: what the ratio asks for."""
 
@@ -122,12 +125,6 @@ class InEncoder(Compressor):
         super().__post_init__()
         if self.r is not None:
             self._require("r", int, 1, 1_000_000)
-        self._require_one("r")
-
-    @property
-    def fixed(self) -> bool:
-        """By r."""
-        return self.r is not None
 
     @property
     def encoder_ratio(self) -> float:

@@ -104,16 +104,15 @@ class _Softmax:
         self.attention, self.shape = tokens.attention, tokens.role.shape
         self.places = torch.arange(self.shape[1], device=tokens.role.device)
 
-    def _rows(self, rows: Tensor, prompts: slice) -> Tensor:
-        """Rows `[Q]`, the same of all these prompts, `[B, Q, L]`; padding has seen nothing."""
-        count = len(range(self.shape[0])[prompts])
-        return self.attention(rows.expand(count, -1), prompts=prompts).mean(1).nan_to_num()
+    def _rows(self, rows: Tensor, prompts: slice = slice(None)) -> Tensor:
+        """Rows `[B, Q]` of all prompts or these, `[B, Q, L]`; padding has seen nothing."""
+        return self.attention(rows, prompts=prompts).mean(1).nan_to_num()
 
     def means(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """What every token gives to the image, and what it receives from the text, as means; `[B, L]` each."""
         given, received = [], torch.zeros(self.shape, device=image.device)
         for rows in self.places.split(CHUNK):
-            some = self._rows(rows, slice(None))
+            some = self._rows(rows.expand(len(text), -1))
             given.append((some @ image.float()[..., None])[..., 0])
             received = received + (text[:, None, rows].float() @ some)[:, 0]
         count = (chosen.sum(1, keepdim=True).clamp_min(1) for chosen in (image, text))
@@ -122,8 +121,8 @@ class _Softmax:
     def parts(self, row: int, sources: Tensor, targets: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What `correlation` takes; a source does not see the text behind it, so that way is read backwards."""
         alone = slice(row, row + 1)
-        direct = [self._rows(rows, alone)[0][:, targets] for rows in sources.split(CHUNK)]
-        back = [self._rows(rows, alone)[0] for rows in text.split(CHUNK)]
+        direct = [self._rows(rows[None], alone)[0][:, targets] for rows in sources.split(CHUNK)]
+        back = [self._rows(rows[None], alone)[0] for rows in text.split(CHUNK)]
         seen = torch.cat(back) if back else direct[0].new_zeros(0, self.shape[1])
         return torch.cat(direct), seen[:, sources].T, seen[:, targets]
 
@@ -161,6 +160,7 @@ class FiCoCoL(Compressor):
     paper = "arXiv 2411.17686"
     profiles = ("corrected", "paper")
     query_agnostic = False
+    numbers = ("r",)
     llm_middle = True
 
     control_encoding_layer: int = 4
@@ -194,17 +194,11 @@ class FiCoCoL(Compressor):
         for name in ("r", "layers"):
             if getattr(self, name) is not None:
                 self._require(name, int, int(name == "layers"), 1_000_000)
-        self._require_one("r")
         for name in ("beta", "gamma", "epsilon"):
             self._require(name, float, 0, 1)
         self._require_choice("budget", BUDGETS[:2])
         self._require_choice("positions", ("keep", "repack"))
         self._require_switch("AT")
-
-    @property
-    def fixed(self) -> bool:
-        """By r."""
-        return self.r is not None
 
     @property
     def llm_points(self) -> tuple[int, ...]:

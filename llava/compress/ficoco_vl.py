@@ -22,6 +22,7 @@ class FiCoCoVL(ficoco_v.FiCoCoV):
     name = "ficoco_vl"
     paper = "arXiv 2411.17686v1"
     query_agnostic = False
+    numbers = ("r", "r_language")
     llm_middle = True
 
     vision_share: float = 0.85
@@ -47,13 +48,7 @@ class FiCoCoVL(ficoco_v.FiCoCoV):
                 raise InputError(f"{self.name}'s {number} means nothing with {switch}=False; give one of them only")
         if self.merge_visual and self.AT and (self.r is None) != (self.r_language is None):
             raise InputError(f"give {self.name} both r and r_language or neither, got {self.r} and {self.r_language}")
-        self._require_one("r_language")
         self._language_at(1.0)  # refuses the rest
-
-    @property
-    def fixed(self) -> bool:
-        """By r and r_language."""
-        return self.r is not None or self.r_language is not None
 
     @property
     def encoder_ratio(self) -> float:

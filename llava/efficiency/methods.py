@@ -123,14 +123,15 @@ def check_reach(model: Model, method: Compressor) -> None:
         InputError: it cannot do what it is asked to for either; for one in between it still may not be able to.
     """
     tile = model.tower.image_size
-    largest = max(model.pinpoints, key=prod, default=(tile, tile))
-    try:
-        plan_request(model, method, largest)
-    except InputError as error:
+    refusals = []
+    for size in (max(model.pinpoints, key=prod, default=(tile, tile)), (1, tile)):
         try:
-            plan_request(model, method, (1, tile))
-        except InputError:
-            raise error from None
+            plan_request(model, method, size)
+        except InputError as error:
+            refusals.append(error)
+        else:
+            return
+    raise refusals[0]
 
 
 def trace_requests(model: Model, trace: Trace, output: int = 1) -> list[Request]:
@@ -160,7 +161,7 @@ def trace_requests(model: Model, trace: Trace, output: int = 1) -> list[Request]
     requests = []
     for row, (length, question) in enumerate(zip(rows, trace.n_text, strict=True)):
         own = images[row * share : (row + 1) * share]
-        if sum(image.packed.visual + image.packed.newlines for image in own) != visual[row][0]:
+        if sum(len(image.packed.features) for image in own) != visual[row][0]:
             raise InputError(f"cannot tell which images belong to row {row}; give every row as many, and generate")
         layout = Layout(unpad=all(image.unpad for image in own))
         request = _request(

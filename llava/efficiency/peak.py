@@ -252,10 +252,7 @@ def measure(specs: Sequence[str], geometry: Geometry, ratio: float, compute: boo
     Raises:
         InputError: a method is unknown, or cannot meet the ratio in this model.
     """
-    methods = [get(spec) for spec in specs]
-    methods = [
-        get(spec, retention_ratio=ratio) if m.follows_ratio else m for spec, m in zip(specs, methods, strict=True)
-    ]
+    methods = [get(spec, retention_ratio=ratio if get(spec).follows_ratio else None) for spec in specs]
     with torch.no_grad(), nullcontext() if compute else cast(Any, Idle()):
         model = build(geometry)
         plain = answer(model, get("none"), geometry, {})

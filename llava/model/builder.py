@@ -116,10 +116,11 @@ def choose_method(
     Raises:
         InputError: unknown method or profile, or a ratio that is none.
     """
-    own = [config.pop(key, None) for key in COMPRESSION]
+    own = {key: config.pop(key, None) for key in COMPRESSION}
     if method is not None and get(method).fixed:  # what is asked for here goes before the config's ratio
-        own[COMPRESSION.index("retention_ratio")] = None
-    method, ratio, profile = (b if a is None else a for a, b in zip((method, ratio, profile), own, strict=True))
+        own["retention_ratio"] = None
+    given = (method, ratio, profile)
+    method, ratio, profile = (b if a is None else a for a, b in zip(given, own.values(), strict=True))
     return get(method or "globalcom2", retention_ratio=ratio, profile=profile)
 
 

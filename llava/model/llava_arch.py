@@ -10,7 +10,7 @@ Where the paper's equations are:
              as the released code has them   `generate_scale_for_crop_features`
     "interp" the thumbnail's view of a crop  `GlobalCom2._project`; per crop, `interpolate_and_split_cls_attn_scores`
     eq. 8    worth of a crop's patch         `GlobalCom2._blend`
-R is line 101, where its users edit it (a test keeps it there, so a line added above takes one away).
+R is line 101, where its users edit it, and where a test holds it.
 τ, α and the variants of Tables III and IV are fields of `GlobalCom2`.
 """
 

@@ -290,7 +290,7 @@ def test_the_authors_switch_takes_as_many_from_every_view() -> None:
         (
             "tome(retention_ratio=0.1)",
             3,
-            r"576 patches down to 57 \(retention_ratio 0.1\) in 3 .*at least 12\.50%",
+            r"576 patches down to 57 \(retention_ratio 0.1\) in 3 layers.*at least 12\.50%",
         ),
         ("tome(retention_ratio=0.2, first_layer=2)", 4, r"in 2 layers.*at least 25\.00%.*first_layer"),
         ("tome(first_layer=4)", 4, r"from layer 4 on.*runs 4.*first_layer"),

@@ -114,9 +114,7 @@ def test_a_plan_says_what_was_asked_for(name: str, image: str) -> None:
     assert method.follows_ratio == (name not in own)
 
 
-@pytest.mark.parametrize(
-    "spec", ["tome(r=2)", "ficoco_v(r=2)", "ficoco_l(r=2)", "ficoco_vl(r=2, r_language=1)"]
-)  # fmt: skip
+@pytest.mark.parametrize("spec", ["tome(r=2)", "ficoco_v(r=2)", "ficoco_l(r=2)", "ficoco_vl(r=2, r_language=1)"])
 def test_a_number_of_tokens_stands_in_for_the_ratio(spec: str) -> None:
     method = get(spec)
     assert not method.follows_ratio

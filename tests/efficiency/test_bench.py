@@ -64,6 +64,7 @@ def test_the_largest_batch_is_found(room: int) -> None:
     assert largest(works, 64) == min(room, 64)
     assert tried[0] == 1  # whatever a device keeps for its libraries is there before much is asked for
     assert max(tried) <= 2 * max(room, 1)
+    assert len(tried) <= 12  # doubled and halved, each six times at most
 
 
 def test_libraries_say_it_in_their_own_words() -> None:

@@ -144,7 +144,7 @@ def test_what_cannot_be_reached_is_left_out_and_said(run: Run, tmp_path: Path, d
     assert (code, out) == (0, "")
     left = [line for line in err.splitlines() if "left out" in line]
     assert [line.split()[:3] for line in left] == [[name, "fastv(layer=1)", "0.10"] for name in ("textvqa", "gqa")]
-    assert all("ask for at least" in line for line in left)
+    assert all("ask for at least 50.00%" in line for line in left)
     found = table.compare(table.collect(tmp_path, data, str(checkpoint)))
     assert list(found) == [("none", 1.0), ("fastv(layer=1)", 0.75), ("uniform", 0.75), ("uniform", 0.1)]
     code, _, err = run(tmp_path / "other", *given[:-2], "fastv(layer=9)", "--ratios", 0.75)

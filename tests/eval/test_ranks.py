@@ -1,9 +1,9 @@
 """Processes of one run: every item is drawn once, and a run with too few or too many says so."""
 
-import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,11 +27,18 @@ with Ranks(int(sys.argv[2])) as ranks:
 """
 
 
-def test_three_processes_draw_every_item_once_and_stay_busy(tmp_path):
-    script = tmp_path / "draw.py"
+def launch(folder: Path, processes: int, wanted: int) -> subprocess.CompletedProcess[str]:
+    script = folder / "draw.py"
     script.write_text(DRAW)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
-    done = subprocess.run([*launcher, script, tmp_path, "3"], capture_output=True, text=True, timeout=200)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*launcher, str(script), str(folder), str(wanted)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_three_processes_draw_every_item_once_and_stay_busy(tmp_path):
+    import json
+
+    done = launch(tmp_path, 3, 3)
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     assert sorted(item for one in found for item in one["mine"]) == list(range(100))
@@ -39,6 +46,13 @@ def test_three_processes_draw_every_item_once_and_stay_busy(tmp_path):
     assert len(found[0]["mine"]) > len(found[2]["mine"]), "the slow one draws less"
     assert [one["all"] for one in found] == [100] * 3
     assert [one["todo"] for one in found] == [[3, 1, 2]] * 3
+
+
+def test_another_number_than_asked_is_said(tmp_path):
+    done = launch(tmp_path, 2, 3)
+    assert done.returncode != 0
+    assert "3 processes were asked for, but 2 started" in done.stderr
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_alone():
