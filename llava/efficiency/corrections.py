@@ -7,6 +7,7 @@ from llava.efficiency.devices import DEVICES
 from llava.efficiency.flops import every_layer, prefill, projector, tower
 from llava.efficiency.ops import Fusion, total
 from llava.efficiency.paper import (
+    ELEMENT,
     NOMINAL,
     TABLES,
     Table,
@@ -112,9 +113,13 @@ def _moved(table: Table) -> str:
     flash = [m - square for m, square in zip(moved, maps, strict=True)]
     fused = [total(prefill(shape, every_layer(shape, t), fusion=Fusion.ALL)).bytes / 1e9 for t in ends]
     held = [viewer_footprint(shape, t) / 1e9 for t in ends]
+    # The footprint is LLM-Viewer's, which knows the layers alone.
+    layers = ELEMENT * shape.layers * (4 * shape.width**2 + 3 * shape.width * shape.inner)
+    others = (MODELS[table.model].weight_bytes - layers) / 1e9
     return (
         f"moved {_saving(moved)} at R = 10%, {maps[0] / moved[0]:.0%} of it at R = 100% the T x T maps of unfused "
-        f"attention; with FlashAttention {_saving(flash)}, all fused {_saving(fused)}; occupied {_saving(held, 2)}"
+        f"attention; with FlashAttention {_saving(flash)}, all fused {_saving(fused)}; occupied {_saving(held, 2)}, "
+        f"and at every R {others:.2f} GB more by embedding, LM head, tower and projector"
     )
 
 

@@ -55,7 +55,7 @@ def paper_text() -> str:
         fill(
             "Tables V and VI of arXiv 2501.05179, computed. T = 2880·R visual tokens and nothing else, batch 1, "
             "2 bytes per number; d width, m MLP width, L layers, h heads, V vocabulary. Left the printed figure and "
-            "what its formula gives, right of the bar what can be relied on.",
+            "what its formula gives, right of the bar what belongs beside them; the footprint is of the layers alone.",
             WIDTH,
         )
     ]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from llava.efficiency import __main__ as efficiency
 from llava.efficiency import report
+from llava.efficiency.paper import figures
 from tests.conftest import Command
 from tests.efficiency.test_paper import PRINTED
 
@@ -34,6 +35,8 @@ def test_paper_tables_as_text(run: Run) -> None:
     assert len(rows) == 40
     columns = [PRINTED[table][column].split() for table in PRINTED for column in PRINTED[table]]
     assert [row[2] for row in rows] == [digit for column in columns for digit in column]
+    beside = [[float(number) for number in row[5].split()] for row in rows]
+    assert beside == [pytest.approx([*f.corrected.values()], abs=0.00051) for f in figures()]
     assert all(printed == formula and mark == "=" for _, _, printed, formula, mark, _ in rows)
     assert all(int(tokens) * 100 == 2880 * int(ratio) for ratio, tokens, *_ in rows)
     assert "40 of 40 printed figures come out of their formulas, digit for digit." in text
