@@ -158,6 +158,25 @@ def released_sequence(
     return sequence
 
 
+def released_call(
+    images: Sequence[tuple[Sequence[Map], tuple[int, int], tuple[int, int] | None]], side: int, ratio: float
+) -> list[list[Entry]]:
+    """The sequences of all images `(scores, size, crops)` of one call, where single views have no crops.
+
+    The release has the scores of all views in one list. From that it drops the first one after every image of several
+    views, however many these are; a single view is left as it is, with a newline, and nothing is dropped.
+    """
+    rows = [scores for views, _, _ in images for scores in views]
+    sequences: list[list[Entry]] = []
+    for _, size, crops in images:
+        if crops is None:
+            sequences.append([*((0, patch) for patch in range(side * side)), NL])
+        else:
+            sequences.append(released_sequence(rows[: 1 + crops[0] * crops[1]], size, crops, side, ratio))
+            rows = rows[1:]
+    return sequences
+
+
 def raster_sequence(
     thumbnail: Sequence[int],
     kept: Sequence[Sequence[int]],
