@@ -1,10 +1,11 @@
-"""GlobalCom² once more, token by token: plain loops over Python floats, written from the description of the release.
+"""The releases once more, token by token: plain loops over Python floats, written from their description.
 
 Nothing of `llava` is imported and nothing is vectorised, so that a slip in the product cannot be repeated here. A view
 is a list of N numbers, a crop grid is `(cols, rows)`, and a sequence is a list of `(view, patch)` pairs and `NL`.
 """
 
 import math
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -156,6 +157,35 @@ def released_sequence(
         sequence += [at[y, x] for x in range(crops[0] * side) if (y, x) in at]
         sequence.append(NL)
     return sequence
+
+
+def single_precision(value: float) -> float:
+    """The nearest float32; of a quotient or product of small integers or float32s, what float32 arithmetic makes."""
+    (rounded,) = struct.unpack("f", struct.pack("f", value))
+    return rounded
+
+
+def hired_counts(
+    early: Map, crops: tuple[int, int] | None, side: int, ratio: float, alpha: float, next_: bool
+) -> list[int]:
+    """Patches that HiRED's release picks of every view, padding among them, from the first layer's [CLS] attention.
+
+    Its LLaVA-1.5 takes the budget of its one view; its LLaVA-NeXT (`next_`) has no budget for a single view. Neither
+    has one at ratio 1.
+    """
+    n, n_crops = side * side, crops[0] * crops[1] if crops else 0
+    if ratio == 1 or (next_ and not crops):
+        return [n] * (1 + n_crops)
+    budget = int((1 + n_crops) * n * ratio)
+    if not crops:
+        return [max(1, budget)]
+    thumbnail = min(int(budget * alpha), n)
+    rest = min(budget - thumbnail, n * n_crops)
+    found = [0] * n_crops
+    for patch in descending(dict(enumerate(map(float, early))))[: int(n * (1 - alpha))]:
+        found[patch // (n // n_crops)] += 1  # bands of the map, row by row
+    shares = [single_precision(f / max(1, sum(found))) for f in found]
+    return [max(1, thumbnail), *(min(n, int(single_precision(share * rest))) for share in shares)]
 
 
 def released_call(
