@@ -1,6 +1,8 @@
 """Fixtures: miniature checkpoints in the published format, loaded through the real path; no network, fixed seeds."""
 
+import argparse
 import os
+import runpy
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,7 +20,7 @@ from PIL import Image
 
 from llava.model.builder import load_pretrained_model
 from llava.model.miniature import write_miniature
-from llava.utils import run_command
+from llava.utils import OneLineParser, run_command
 
 # One thread per worker: the models are tiny and the suite runs one worker per core.
 torch.set_num_threads(1)
@@ -83,3 +85,47 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return code, *capsys.readouterr()
 
     return run
+
+
+class _Parser(Exception):
+    """Carries the parser of a program out of it."""
+
+
+@pytest.fixture
+def parser_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], OneLineParser]:
+    """Run a program (`python -m` this) as far as its own parser, and return that."""
+
+    def found(parser: OneLineParser, *_: Any) -> None:
+        raise _Parser(parser)
+
+    def find(module: str) -> OneLineParser:
+        with monkeypatch.context() as patch:
+            patch.setattr(OneLineParser, "parse_args", found)
+            patch.setattr(sys, "argv", [module])
+            for name in (module, f"{module}.__main__"):  # runpy warns of what is there already
+                patch.delitem(sys.modules, name, raising=False)
+            with pytest.raises(_Parser) as caught:
+                runpy.run_module(module, run_name="__main__")
+        return caught.value.args[0]
+
+    return find
+
+
+@pytest.fixture
+def parsed(parser_of: Callable[[str], OneLineParser]) -> Callable[[list[str]], argparse.Namespace]:
+    """Give the words of a command, from `-m` on, to its program's own parser."""
+
+    def parse(command: list[str]) -> argparse.Namespace:
+        flag, module, *words = command
+        assert flag == "-m"
+        if module != "llava.eval.launch":
+            return parser_of(module).parse_args(words)
+        from torch.distributed.run import get_args_parser
+
+        launcher = get_args_parser().parse_args(words)
+        assert launcher.module
+        args = parse(["-m", launcher.training_script, *launcher.training_script_args])
+        assert str(args.num_processes) == launcher.nproc_per_node
+        return args
+
+    return parse

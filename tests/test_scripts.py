@@ -9,7 +9,6 @@ import pytest
 
 from llava.compress import available
 from llava.compress.base import PROFILES
-from llava.eval.run_llava import build_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,16 +31,6 @@ def test_readme_names_both_commands():
 def test_readme_names_every_method_and_profile():
     for name in (*available(), *PROFILES):
         assert f"`{name}`" in README
-
-
-def test_readme_commands_parse():
-    """Every option of the README's commands exists."""
-    known = build_parser()._option_string_actions
-    commands = re.findall(r"python -m llava\.eval\.run_llava ((?:[^\n\\]|\\\n)*)", README)
-    assert commands
-    for command in commands:
-        for option in re.findall(r"--[\w-]+", command):
-            assert option in known
 
 
 def test_readme_quotes_line_101():

@@ -1,8 +1,10 @@
-"""How GlobalCom² (arXiv 2501.05179) shares its budget over the crops: eq. 2 to 5, and the variants of Table III."""
+"""What GlobalCom² (arXiv 2501.05179) reads off the thumbnail: how its budget is shared over the crops (eq. 2 to 5, and
+the variants of Table III), and its view of the crops' patches."""
 
 from math import isqrt
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llava.compress.tokens import top_indices
@@ -72,3 +74,12 @@ def crop_weights(importance: Tensor, temperature: float, allocation: str = "soft
     """
     share = importance / importance.sum() if allocation == "topk_count" else (importance / temperature).softmax(0)
     return share + (1 - 1 / len(importance))
+
+
+def interpolate_scores(scores: Tensor, width: int, height: int) -> Tensor:
+    """Resize the thumbnail's score map `[N]` bilinearly (half-pixel centres, clamped edges) to `[height, width]`."""
+    side = isqrt(scores.numel())
+    if not width or not height:  # an image so thin that nothing of it survives unpadding
+        return scores.new_zeros(height, width)
+    plane = scores.reshape(1, 1, side, side)
+    return F.interpolate(plane, size=(height, width), mode="bilinear", align_corners=False)[0, 0]

@@ -176,6 +176,8 @@ class Compressor:
     """Name of the method and of its file."""
     paper: ClassVar[str] = ""
     profiles: ClassVar[tuple[str, ...]] = ("corrected",)
+    mixing_profiles: ClassVar[tuple[str, ...]] = ()
+    """Profiles in which what is chosen of an image depends on the others of its call: see `mixes_images`."""
     taps: ClassVar[Taps] = Taps()
     query_agnostic: ClassVar[bool] = True
     """The selection does not depend on the prompt, so that all questions about an image can share it."""
@@ -225,7 +227,7 @@ class Compressor:
     @property
     def mixes_images(self) -> bool:
         """What is chosen of an image depends on the others of its call: answers are then made one by one."""
-        return False
+        return self.profile in self.mixing_profiles
 
     @property
     def ratio(self) -> float:

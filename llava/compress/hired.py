@@ -21,9 +21,10 @@ class HiRED(Compressor):
     Differs from the released code in (profile `corrected`): a thumbnail patch counts for the crop that shows the same
     part of the image, where the release cuts the map into contiguous raster bands; B is ⌊R·N⌋ + ⌊R·Σ n_j⌋ and is met
     exactly, where the release counts padding into B, drops what rounding down and full crops leave over, and ranks
-    padding, which it removes only afterwards; unpadded rows end in the checkpoint's newline; α = 1 works; the
-    projector runs on kept tokens. `released` shares the last two, which change no selection, and the checkpoint's
-    grid, whose sides the release's transformers swaps.
+    padding, which it removes only afterwards; a single view is compressed, which the release does for LLaVA-1.5 and
+    not for LLaVA-NeXT; rows, and single views, end in the checkpoint's newline; α = 1 works; the projector runs on
+    kept tokens. `released` shares the last two, which change no selection, and the checkpoint's grid, whose sides the
+    release's transformers swaps.
     """
 
     name = "hired"
@@ -40,15 +41,19 @@ class HiRED(Compressor):
         self._require("alpha", float, 0, 1)
 
     def plan(self, grid: AnyResGrid, layout: Layout = Layout()) -> Plan:  # noqa: B008 - frozen
-        """Exact for `corrected` and for single views; otherwise anything from the thumbnail's part up to B."""
+        """Exact for `corrected` and for what stays whole; otherwise anything from the thumbnail's part up to B."""
         if self.profile == "corrected":
             return exact_plan(self.ratio, grid, layout.unpad)
+        if self._stays_whole(grid, layout):
+            return super().plan(grid, layout)
         thumbnail, crops = self._budgets(grid, layout)
         most = thumbnail + min(crops, sum(grid.crop_patches(layout.unpad)))
         return Plan(ratio=self.ratio, patches=grid.n_patches(layout.unpad), at_least=thumbnail, at_most=most)
 
     def select(self, views: Views) -> Selection:
         """Share the budget out by the first layer, spend it by the layer of the features."""
+        if self._stays_whole(views.grid, views.layout):
+            return replace(super().select(views), layout=replace(views.layout, newline="none"))
         thumbnail, crops = self._budgets(views.grid, views.layout)
         scores = views.attention(-2).sum(1)  # [V, N]
         count = torch.full((1,), thumbnail, device=scores.device)
@@ -64,6 +69,10 @@ class HiRED(Compressor):
             layout = replace(layout, newline="none")
         exact = self.profile == "corrected" or not views.grid.crops
         return Selection(order=order, count=count, total=total if exact else None, layout=layout)
+
+    def _stays_whole(self, grid: AnyResGrid, layout: Layout) -> bool:
+        """The release drops nothing at R = 1, nor of a single view of LLaVA-NeXT, which is the model that unpads."""
+        return self.profile == "released" and (self.ratio == 1 or (layout.unpad and not grid.crops))
 
     def _budgets(self, grid: AnyResGrid, layout: Layout) -> tuple[int, int]:
         """Tokens for the thumbnail and for all crops together."""
@@ -95,8 +104,7 @@ class HiRED(Compressor):
     def _count(self, found: Tensor, views: Views, total: int) -> Tensor:
         """Tokens every crop may keep `[n]`, in proportion to what was found in it; stays on the device."""
         if self.profile == "released":
-            share = found.double() / found.sum().clamp_min(1)
-            return (share * total).long()
+            return (found.float() / found.sum().clamp_min(1) * total).long()  # in float32, as the release has it
         sizes = views.valid[1:].sum(1).double()
         # Next to nothing instead of nothing, so that crops without a find take what the full ones leave.
         shares = fill_shares(found.double().clamp_min(1e-30) / sizes.clamp_min(1), sizes, total)

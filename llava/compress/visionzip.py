@@ -42,10 +42,10 @@ class VisionZip(Compressor):
     Differs from the released code in (profile `corrected`): a contextual token is the mean of its patches, where the
     release adds the mean of the joining ones to the target, about twice as long a vector; it stands where its target
     was and counts as that patch, where the release puts those of all crops at the end; padding is neither kept nor
-    merged; unpadded rows end in the checkpoint's newline, where the release has none; with its [CLS] token, a view
-    keeps its share of ⌊R·N⌋ + ⌊R·Σ n_j⌋, where the release takes one absolute number for every view, R·N to the
-    nearest; a view that loses nothing, or keeps a single token, gets no [CLS] token, so that R = 1 changes nothing;
-    other CLIP models of the process are left alone. `released` shares the last one.
+    merged; unpadded rows end in the checkpoint's newline, where the release has one behind single views alone; with
+    its [CLS] token, a view keeps its share of ⌊R·N⌋ + ⌊R·Σ n_j⌋, where the release takes one absolute number for every
+    view, R·N to the nearest; a view that loses nothing, or keeps a single token, gets no [CLS] token, so that R = 1
+    changes nothing; other CLIP models of the process are left alone. `released` shares the last one.
     """
 
     name = "visionzip"
@@ -80,7 +80,8 @@ class VisionZip(Compressor):
         extra, features = _cls_tokens(views, parts), None
         if released:
             extra = _append(extra, merged, views.grid.patches_per_view)
-            layout = replace(layout, unpad=False, newline="none", placement="raster")
+            newline = "none" if views.grid.crops else layout.newline  # a single view goes LLaVA's own way
+            layout = replace(layout, unpad=False, newline=newline, placement="raster")
         else:
             features = views.features.scatter(1, _wide(ids, merged), merged.to(views.features.dtype))
             tier = target + 2 * (valid & ~rest).long()

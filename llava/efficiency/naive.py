@@ -66,7 +66,7 @@ def compress(
     kept = [best.tolist()]
     ratios = _ratios(scores[0], cols, rows, ratio, temperature)
     left, top, right, bottom = grid.box
-    shapes = [(y1 - y0, x1 - x0) for x0, y0, x1, y1 in grid.crop_boxes]
+    shapes = [(x1 - x0, y1 - y0) for x0, y0, x1, y1 in grid.crop_boxes]
     views = interpolate_and_split_cls_attn_scores(scores[0], right - left, bottom - top, cols, rows, shapes)
     valid = grid.valid(device=scores.device)
     dense = features.new_zeros((grid.n_crops, n, features.shape[-1]))

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from logging import getLogger
-from math import isqrt
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from llava.anyres import AnyResGrid
 from llava.compress import base
-from llava.compress.allocation import ALLOCATIONS, crop_importance, crop_ratios, crop_weights
+from llava.compress.allocation import ALLOCATIONS, crop_importance, crop_ratios, crop_weights, interpolate_scores
 from llava.compress.base import Compressor, Layout, Plan, Selection, Taps, Views
 from llava.compress.pack import Packed, pack
 from llava.compress.tokens import apportion, budget, fill_shares, on_device, top_indices, unit
@@ -58,40 +57,41 @@ class LlavaMetaModel:
         return self.vision_tower
 
 
-def interpolate_scores(scores: Tensor, width: int, height: int) -> Tensor:
-    """Resize the thumbnail's score map `[N]` bilinearly (half-pixel centres, clamped edges) to `[height, width]`."""
-    side = isqrt(scores.numel())
-    if not width or not height:  # an image so thin that nothing of it survives unpadding
-        return scores.new_zeros(height, width)
-    plane = scores.reshape(1, 1, side, side)
-    return F.interpolate(plane, size=(height, width), mode="bilinear", align_corners=False)[0, 0]
-
-
 def interpolate_and_split_cls_attn_scores(
     base_cls_attn_scores: Tensor,
     cur_width: int,
     cur_height: int,
     num_patch_width: int,
     num_patch_height: int,
-    crop_dimensions: Sequence[tuple[int, int]],
+    crop_dimensions: Sequence[Sequence[int]],
 ) -> list[Tensor]:
     """Resize the thumbnail's scores to the unpadded canvas and cut them per crop (see `GlobalCom2._project`).
 
+    It is called as in the released code: scores may be NumPy's too, and numbers those of tensors and of NumPy.
+
     Args:
-        base_cls_attn_scores: `[N]`, the thumbnail's [CLS] scores.
+        base_cls_attn_scores: `[N]` or `[1, N]`, the thumbnail's [CLS] scores.
         cur_width: patches across the unpadded canvas.
         cur_height: patches down the unpadded canvas.
         num_patch_width: crops across.
         num_patch_height: crops down.
-        crop_dimensions: `(height, width)` of every crop's unpadded part in patches, row-major.
+        crop_dimensions: `(width, height)` of every crop's unpadded part in patches, row-major; `(0, 0)`: all padding.
 
     Returns:
-        One `[height * width]` tensor per crop, row-major.
+        One `[height * width]` tensor per crop, row-major; empty where all is padding.
+
+    Raises:
+        InputError: the crops do not add up to the canvas, as when heights are given first.
     """
-    plane = interpolate_scores(base_cls_attn_scores.flatten(), cur_width, cur_height)
-    cols, n = num_patch_width, num_patch_width * num_patch_height
-    heights = [max(h for h, _ in crop_dimensions[first:][:cols]) for first in range(0, n, cols)]
-    widths = [max(w for _, w in crop_dimensions[first::cols]) for first in range(cols)]
+    width, height, cols, rows = map(int, (cur_width, cur_height, num_patch_width, num_patch_height))
+    sizes = [(int(across), int(down)) for across, down in crop_dimensions]
+    # Where a crop is all padding, the others of its column and its row have their size.
+    widths = [max((across for across, _ in sizes[col::cols]), default=0) for col in range(cols)]
+    heights = [max((down for _, down in sizes[row * cols :][:cols]), default=0) for row in range(rows)]
+    if (sum(widths), sum(heights)) != (width, height):
+        raise InputError(f"{cols}x{rows} crops of (width, height) {sizes} do not make up a canvas of {width}x{height}")
+    scores = torch.as_tensor(base_cls_attn_scores).flatten()
+    plane = interpolate_scores(scores, width, height)
     return [tile.flatten() for band in plane.split(heights) for tile in band.split(widths, dim=1)]
 
 
@@ -111,14 +111,15 @@ def generate_scale_for_crop_features(
     """Return the retention ratio of every crop as the released code does (eq. 2-7); `GlobalCom2` itself counts tokens.
 
     Args:
-        base_cls_attn_scores: `[N]`, the thumbnail's [CLS] scores.
+        base_cls_attn_scores: `[N]` or `[1, N]`, the thumbnail's [CLS] scores; a tensor or NumPy's.
         num_patch_width: crops across.
         num_patch_height: crops down.
         base_scale: the retention ratio R; None: the one in force, see `resolve_ratio`.
         temperature: τ; large values make the crops equal.
     """
-    importance = crop_importance(base_cls_attn_scores.flatten(), num_patch_width, num_patch_height)
-    return crop_ratios(importance, base.resolve_ratio(base_scale), temperature).clamp_max(1).tolist()
+    scores, crops = torch.as_tensor(base_cls_attn_scores).flatten(), (int(num_patch_width), int(num_patch_height))
+    ratios = crop_ratios(crop_importance(scores, *crops), base.resolve_ratio(base_scale), float(temperature))
+    return ratios.clamp_max(1).tolist()
 
 
 CRITERIA = ("local", "global", "both")
@@ -141,6 +142,7 @@ class GlobalCom2(Compressor):
     name = "globalcom2"
     paper = "arXiv 2501.05179"
     profiles = base.PROFILES
+    mixing_profiles = ("released",)
     taps = Taps(cls=(-1,))
 
     temperature: float = 10.0
@@ -198,19 +200,16 @@ class GlobalCom2(Compressor):
         total = sum(budgets) if self.profile == "corrected" or not grid.crops else None
         return Selection(order=order, count=count, total=total, layout=layout)
 
-    @property
-    def mixes_images(self) -> bool:
-        """Only as released."""
-        return self.profile == "released"
-
     def select_all(self, batch: Sequence[Views]) -> list[Selection]:
-        """Select per image; `released` repeats the release's slip of ranking image i by views i, i+1, … of the call."""
+        """Select per image; as released, the i-th image that it compresses is ranked by views i, i + 1, … of all."""
         if not self.mixes_images or len(batch) == 1:
             return super().select_all(batch)
-        logger.warning("profile 'released' ranks the images of one call by the first one's scores; call it per image")
-        logits = torch.cat([views.cls_logits[-1] for views in batch])
-        shifted = (logits[i : i + views.grid.n_views] for i, views in enumerate(batch))
-        return super().select_all([replace(v, cls_logits={-1: own}) for v, own in zip(batch, shifted, strict=True)])
+        logger.warning("profile 'released' ranks an image by the views of those before it; give one image per call")
+        logits, first, seen = torch.cat([views.cls_logits[-1] for views in batch]), 0, []
+        for views in batch:
+            seen.append(replace(views, cls_logits={-1: logits[first : first + views.grid.n_views]}))
+            first += not self._passes_through(views.grid, views.layout)
+        return super().select_all(seen)
 
     def _passes_through(self, grid: AnyResGrid, layout: Layout) -> bool:
         """The released code compresses unpadded crops or nothing."""

@@ -1,10 +1,11 @@
-"""GlobalCom² once more, token by token: plain loops over Python floats, written from the description of the release.
+"""The releases once more, token by token: plain loops over Python floats, written from their description.
 
 Nothing of `llava` is imported and nothing is vectorised, so that a slip in the product cannot be repeated here. A view
 is a list of N numbers, a crop grid is `(cols, rows)`, and a sequence is a list of `(view, patch)` pairs and `NL`.
 """
 
 import math
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -156,6 +157,54 @@ def released_sequence(
         sequence += [at[y, x] for x in range(crops[0] * side) if (y, x) in at]
         sequence.append(NL)
     return sequence
+
+
+def single_precision(value: float) -> float:
+    """The nearest float32; of a quotient or product of small integers or float32s, what float32 arithmetic makes."""
+    (rounded,) = struct.unpack("f", struct.pack("f", value))
+    return rounded
+
+
+def hired_counts(
+    early: Map, crops: tuple[int, int] | None, side: int, ratio: float, alpha: float, next_: bool
+) -> list[int]:
+    """Patches that HiRED's release picks of every view, padding among them, from the first layer's [CLS] attention.
+
+    Its LLaVA-1.5 takes the budget of its one view; its LLaVA-NeXT (`next_`) has no budget for a single view. Neither
+    has one at ratio 1.
+    """
+    n, n_crops = side * side, crops[0] * crops[1] if crops else 0
+    if ratio == 1 or (next_ and not crops):
+        return [n] * (1 + n_crops)
+    budget = int((1 + n_crops) * n * ratio)
+    if not crops:
+        return [max(1, budget)]
+    thumbnail = min(int(budget * alpha), n)
+    rest = min(budget - thumbnail, n * n_crops)
+    found = [0] * n_crops
+    for patch in descending(dict(enumerate(map(float, early))))[: int(n * (1 - alpha))]:
+        found[patch // (n // n_crops)] += 1  # bands of the map, row by row
+    shares = [single_precision(f / max(1, sum(found))) for f in found]
+    return [max(1, thumbnail), *(min(n, int(single_precision(share * rest))) for share in shares)]
+
+
+def released_call(
+    images: Sequence[tuple[Sequence[Map], tuple[int, int], tuple[int, int] | None]], side: int, ratio: float
+) -> list[list[Entry]]:
+    """The sequences of all images `(scores, size, crops)` of one call, where single views have no crops.
+
+    The release has the scores of all views in one list. From that it drops the first one after every image of several
+    views, however many these are; a single view is left as it is, with a newline, and nothing is dropped.
+    """
+    rows = [scores for views, _, _ in images for scores in views]
+    sequences: list[list[Entry]] = []
+    for _, size, crops in images:
+        if crops is None:
+            sequences.append([*((0, patch) for patch in range(side * side)), NL])
+        else:
+            sequences.append(released_sequence(rows[: 1 + crops[0] * crops[1]], size, crops, side, ratio))
+            rows = rows[1:]
+    return sequences
 
 
 def raster_sequence(

@@ -2,8 +2,10 @@
 
 import inspect
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -531,25 +533,32 @@ def test_other_profiles_read_one_number_when_packing(profile: str) -> None:
 
 
 def dimensions(grid: AnyResGrid) -> list[tuple[int, int]]:
-    """`(height, width)` of every crop's unpadded part, counted off its patches."""
+    """`(width, height)` of every crop's unpadded part, counted off its patches; (0, 0) if there are none."""
     cells = []
     for patches in reference.valid_patches(grid.image_size, grid.crops, grid.side):
-        cells.append((len({p // grid.side for p in patches}), len({p % grid.side for p in patches})))
+        cells.append((len({p % grid.side for p in patches}), len({p // grid.side for p in patches})))
     return cells
 
 
-@pytest.mark.parametrize("size", [(672, 672), (640, 480), (480, 640), (1000, 400), (97, 401)])
-@pytest.mark.parametrize("crops", GRIDS)
+# Some crops are nothing but padding: the upper and the lower one of three, the outer ones of three.
+EMPTY_CROPS = [((1, 3), (672, 200)), ((3, 1), (200, 672)), ((1, 4), (672, 672)), ((4, 1), (672, 672))]
+
+
+CANVASES = [(crops, size) for crops in GRIDS for size in [(672, 672), (640, 480), (480, 640), (1000, 400), (97, 401)]]
+
+
+@pytest.mark.parametrize(("crops", "size"), CANVASES + EMPTY_CROPS)
 def test_interpolation_by_hand(crops: tuple[int, int], size: tuple[int, int]) -> None:
     grid = AnyResGrid(image_size=size, crops=crops, side=12)
     scores = noise(grid, 1.0, 0)[0]
     left, top, right, bottom = reference.unpadded_box(size, crops, 12)
     dims = dimensions(grid)
+    assert ((0, 0) in dims) >= ((crops, size) in EMPTY_CROPS)
     arguments = (right - left, bottom - top, *crops, dims)
     tiles = interpolate_and_split_cls_attn_scores(scores, *arguments)
     expected = reference.projected(scores.tolist(), size, crops, 12)
     internal = GlobalCom2()._project(scores, grid, Layout()).flatten(2).flatten(0, 1)
-    assert [len(tile) for tile in tiles] == [h * w for h, w in dims]
+    assert [len(tile) for tile in tiles] == [w * h for w, h in dims]
     for tile, by_hand, row in zip(tiles, expected, internal, strict=True):
         assert tile.tolist() == pytest.approx(list(by_hand.values()), abs=1e-5)
         assert torch.equal(tile, row[list(by_hand)])
@@ -561,11 +570,56 @@ def test_interpolation_reproduces_planes() -> None:
     # Away from the clamped edges a bilinear resize is exact on a plane a + b·x + c·y.
     x = (torch.arange(24) + 0.5) / 24
     plane = (1 + 2 * x + 3 * x[:, None]).flatten()
-    tiles = interpolate_and_split_cls_attn_scores(plane, 48, 36, 2, 2, [(18, 24)] * 4)
+    tiles = interpolate_and_split_cls_attn_scores(plane, 48, 36, 2, 2, [(24, 18)] * 4)
     big = torch.cat([torch.cat([t.reshape(18, 24) for t in tiles[i : i + 2]], 1) for i in (0, 2)])
     across, down = (torch.arange(48) + 0.5) / 48, (torch.arange(36) + 0.5) / 36
     expected = 1 + 2 * across + 3 * down[:, None]
     assert torch.allclose(big[1:-1, 1:-1], expected[1:-1, 1:-1], atol=1e-5)
+
+
+def test_crop_sizes_by_hand() -> None:
+    # A thumbnail of 0 1 | 2 3 over a canvas of 4 x 2 patches: columns 0, .25, .75, 1 and rows 0, 2. The crops, two
+    # beside each other and one of them narrower, are 3 x 2 and 1 x 2 patches; width first, as the release counts.
+    scores = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    tiles = interpolate_and_split_cls_attn_scores(scores, 4, 2, 2, 1, [(3, 2), (1, 2)])
+    assert [tile.tolist() for tile in tiles] == [[0, 0.25, 0.75, 2, 2.25, 2.75], [1, 3]]
+    # Three on top of each other, of which the outer ones are all padding.
+    tiles = interpolate_and_split_cls_attn_scores(scores, 4, 2, 1, 3, [(0, 0), (4, 2), (0, 0)])
+    assert [tile.tolist() for tile in tiles] == [[], [0, 0.25, 0.75, 1, 2, 2.25, 2.75, 3], []]
+
+
+@pytest.mark.parametrize("dims", [[(2, 3), (2, 1)], [(3, 2)], [(3, 2), (2, 2)], [(3, 1), (1, 1)]])
+def test_crops_that_are_not_the_canvas_are_refused(dims: list[tuple[int, int]]) -> None:
+    with pytest.raises(InputError, match=r"2x1 crops of \(width, height\) \[\(.*canvas of 4x2"):
+        interpolate_and_split_cls_attn_scores(torch.arange(4.0), 4, 2, 2, 1, dims)
+
+
+def as_tensors(number: float) -> Tensor:
+    return torch.tensor(number)
+
+
+@pytest.mark.parametrize("number", [int, np.int64, as_tensors])
+@pytest.mark.parametrize("array", [torch.as_tensor, np.asarray, lambda scores: torch.as_tensor(scores)[None].half()])
+@pytest.mark.parametrize("table", [list, np.array, torch.tensor])
+def test_the_released_names_take_what_the_release_gives_them(number: Any, array: Any, table: Any) -> None:
+    """By position, with numbers of Python, tensors and NumPy, and sizes in a list or a table."""
+    grid = AnyResGrid(image_size=(640, 480), crops=(2, 2), side=12)
+    scores = (noise(grid, 1.0, 0)[0] * 64).round() / 64  # exact in half precision
+    dims = dimensions(grid)
+    assert dims == [(12, 9)] * 4
+    given = [tuple(map(number, size)) for size in dims] if table is list else table(dims)
+    expected = reference.projected(scores.tolist(), (640, 480), (2, 2), 12)
+    sizes = [number(24), number(18), number(2), number(2)]
+    tiles = interpolate_and_split_cls_attn_scores(array(scores), *sizes, given)
+    tolerance = 1e-5 if tiles[0].dtype == torch.float32 else 1e-2
+    for tile, by_hand in zip(tiles, expected, strict=True):
+        assert tile.tolist() == pytest.approx(list(by_hand.values()), abs=tolerance)
+
+    ratio, temperature = (0.5, 10.0) if number is int else (np.float64(0.5), torch.tensor(10.0))
+    scales = generate_scale_for_crop_features(array(scores), number(2), number(2), ratio, temperature)
+    sums = reference.region_sums(scores.tolist(), (2, 2), 12)
+    assert scales == pytest.approx(reference.released_ratios(sums, 0.5), abs=1e-9)
+    assert all(type(scale) is float for scale in scales)
 
 
 def test_signatures_are_call_compatible() -> None:
@@ -672,17 +726,31 @@ def test_images_of_a_call_are_selected_each_on_its_own(profile: str) -> None:
         assert sequence_of(views, selection) == sequence_of(views, method.select(views))
 
 
-def test_released_ranks_later_images_by_the_first_ones_scores(caplog: pytest.LogCaptureFixture) -> None:
-    # The release moves on by one view per image instead of by all of them.
-    images = batch()
-    together = GlobalCom2(retention_ratio=0.25, profile="released").select_all(images)
-    assert "released" in caplog.text
-    rows = [row[0, 1:].tolist() for views in images for row in views.cls_logits[-1]]
-    for i, (views, selection) in enumerate(zip(images, together, strict=True)):
-        grid = views.grid
-        scores = rows[i : i + grid.n_views]
-        expected = reference.released_sequence(scores, grid.image_size, grid.crops, 6, 0.25)
-        assert sequence_of(views, selection) == expected
+CALLS = ["mmmm", "smm", "mss", "mssm", "smsms", "ssm", "sss", "ms"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_released_ranks_images_by_those_before_them(call: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It moves on by one view for every image of several views (m), and by none for a single view (s)."""
+    several, images = batch(), []
+    for i, kind in enumerate(call):
+        grid = several[i % 4].grid if kind == "m" else AnyResGrid(image_size=(336, 336), side=6)
+        images.append(views_of(grid, noise(grid, 1.0, 10 + i)))
+    for ratio in RATIOS:
+        together = GlobalCom2(retention_ratio=ratio, profile="released").select_all(images)
+        plain = [([row[0, 1:].tolist() for row in v.cls_logits[-1]], v.grid.image_size, v.grid.crops) for v in images]
+        expected = reference.released_call(plain, 6, ratio)
+        assert [sequence_of(v, selection) for v, selection in zip(images, together, strict=True)] == expected
+    assert "one image per call" in caplog.text
+
+
+def test_released_advances_over_what_it_compresses_alone() -> None:
+    """A checkpoint that does not unpad is not compressed, and a call of such images not shifted."""
+    layout = Layout(unpad=False, newline="none")
+    images = [replace(views, layout=layout, valid=None) for views in batch()]
+    method = GlobalCom2(retention_ratio=0.25, profile="released")
+    for views, selection in zip(images, method.select_all(images), strict=True):
+        assert selection.count.tolist() == [36] * views.grid.n_views
 
 
 def test_released_is_right_for_one_image_and_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from llava.anyres import AnyResGrid
 from llava.compress import get
-from llava.compress.base import Views
+from llava.compress.base import Layout, Views
 from llava.constants import InputError
-from tests.compress.reference_released import NL, largest_remainder, unpadded_box
+from tests.compress.reference_released import NL, hired_counts, largest_remainder, single_precision, unpadded_box
 from tests.compress.test_fastervlm import (
     RATIOS,
     SIDE,
@@ -95,19 +95,6 @@ def corrected_counts(grid: AnyResGrid, early: Sequence[float], ratio: float, alp
     return [whole - crops, *largest_remainder(fill(found, sizes[1:], crops), sizes[1:], crops)]
 
 
-def released_counts(grid: AnyResGrid, early: Sequence[float], ratio: float, alpha: float) -> list[int]:
-    n = grid.side**2
-    whole = int(ratio * n * grid.n_views)
-    if not grid.crops:
-        return [whole]
-    thumbnail = min(int(alpha * whole), n)
-    crops = min(whole - thumbnail, n * grid.n_crops)
-    found = [0] * grid.n_crops
-    for patch in best(early, range(n), int((1 - alpha) * n)):
-        found[patch // (n // grid.n_crops)] += 1
-    return [max(1, thumbnail), *(min(n, int(f / max(1, sum(found)) * crops)) for f in found)]
-
-
 @every_image
 @every_dtype
 @every_ratio
@@ -125,15 +112,16 @@ def test_equals_the_naive_reference(image: str, dtype: torch.dtype, ratio: float
         assert sequence_of(views, selection) == laid_out(grid, kept)
 
         # Ranked with the padding, which is taken out afterwards.
-        expected = released_counts(grid, early, ratio, alpha)
+        expected = hired_counts(early, grid.crops, SIDE, ratio, alpha, next_=views.layout.unpad)
         ranked = [best(s, range(SIDE**2), k) for s, k in zip(late, expected, strict=True)]
         kept = [[patch for patch in r if patch in among] for r, among in zip(ranked, valid, strict=True)]
         method = get("hired", retention_ratio=ratio, alpha=alpha, profile="released")
         selection, plan = method.select(views), method.plan(grid, views.layout)
-        assert [order[:k].tolist() for order, k in zip(selection.order, selection.count, strict=True)] == kept
+        mine = [order[:k].tolist() for order, k in zip(selection.order, selection.count, strict=True)]
+        assert mine == (kept if ratio < 1 else [sorted(view) for view in kept])  # nothing is ranked to be kept
         assert sequence_of(views, selection) == [entry for entry in laid_out(grid, kept) if entry != NL]
         assert plan.at_least <= sum(map(len, kept)) <= plan.at_most
-        assert plan.exact or grid.crops
+        assert plan.exact or (grid.crops and ratio < 1)
         assert selection.total in (None, sum(map(len, kept)))
 
 
@@ -172,12 +160,12 @@ def test_what_a_full_crop_leaves_goes_to_the_others_only_when_corrected() -> Non
     early = torch.zeros(6, 6)
     early[:3, :3] = 2  # one quadrant holds 9 of the 18 that count; ties go to the lower index
     views = with_favourites(AnyResGrid(image_size=(672, 672), crops=(2, 2), side=6), early)
-    assert counts(views, retention_ratio=1.0) == [36] * 5
     for ratio in RATIOS:
         assert sum(counts(views, retention_ratio=ratio)) == int(ratio * 36) + int(ratio * 144)
-    released = counts(views, retention_ratio=1.0, profile="released")
-    assert max(released[1:]) == 36
-    assert sum(released) < 5 * 36
+    # At 0.9 the thumbnail takes 36 of 161 tokens, or of 162 when released. Nine of the 18 favourites are in the second
+    # quadrant, as equal ones go by their index, and nine in the second band: both ask for more than a crop holds.
+    assert counts(views, retention_ratio=0.9) == [36, 36, 36, 27, 26]
+    assert counts(views, retention_ratio=0.9, profile="released") == [36, 36, 36, 0, 0]
 
 
 def test_crops_without_a_favourite_take_what_full_ones_leave() -> None:
@@ -203,6 +191,56 @@ def test_padding_costs_tokens_only_when_released() -> None:
     assert int(selection.count[1:].sum()) < released._budgets(grid, views.layout)[1] // 2
     assert not (selection.kept & ~valid).any()
     assert int(get("hired", retention_ratio=0.25).select(views).count.sum()) == 9 + int(0.25 * valid[1:].sum())
+
+
+def test_at_one_the_release_drops_nothing() -> None:
+    """It has no budget then; what a full crop cannot hold would be lost otherwise."""
+    early = torch.zeros(6, 6)
+    early[0] = 1
+    for image in ("2x2 full", "2x2 wide", "1x3", "1x2 sliver", "single"):
+        grid = grid_of(image)
+        sizes = [len(valid) for valid in patches_of(grid)]
+        for alpha in ALPHAS:
+            fields = {"retention_ratio": 1.0, "alpha": alpha, "profile": "released"}
+            assert counts(with_favourites(grid, early), **fields) == sizes
+            assert get("hired", **fields).plan(grid).at_least == get("hired", **fields).plan(grid).at_most == sum(sizes)
+
+
+def test_the_release_shares_out_in_single_precision() -> None:
+    # R = 0.25 of five views is 720 tokens, 360 of them for the crops, and 288 favourites, of which the bands hold 92,
+    # 100, 48 and 48. 92 / 288 · 360 = 115, for which float64 has 114.99…; 100 / 288 · 360 = 125 is 124.99… in float32.
+    early = torch.zeros(4, 144)
+    for band, favourites in enumerate((92, 100, 48, 48)):
+        early[band, :favourites] = 1
+    views = with_favourites(AnyResGrid(image_size=(672, 672), crops=(2, 2)), early.view(24, 24))
+    assert counts(views, retention_ratio=0.25, profile="released") == [360, 115, 124, 60, 60]
+
+
+@pytest.mark.parametrize("total", [27, 144, 360, 864, 1584])
+def test_single_precision_over_all_counts(total: int) -> None:
+    """Whatever is found in a crop, of 288 and of 172 favourites: the reference's number, which is not float64's."""
+    grid = AnyResGrid(image_size=(672, 336), crops=(2, 1))
+    views, method, off = views_of(grid), get("hired", profile="released"), 0
+    for favourites in (288, 172):
+        for found in range(favourites + 1):
+            both = torch.tensor([found, favourites - found])
+            expected = [int(single_precision(single_precision(f / favourites) * total)) for f in both.tolist()]
+            assert method._count(both, views, total).tolist() == expected
+            off += expected[0] != int(found / favourites * total)
+    assert off == {27: 0, 144: 0, 360: 6, 864: 24, 1584: 18}[total]
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.25, 0.1])
+def test_a_single_view_of_llava_next_stays_whole_only_when_released(ratio: float) -> None:
+    grid = grid_of("single")
+    views = views_of(grid, layout=Layout())
+    method = get("hired", retention_ratio=ratio, profile="released")
+    assert hired_counts([0.0] * 36, None, SIDE, ratio, 0.5, next_=True) == [36]
+    assert sequence_of(views, method.select(views)) == [(0, patch) for patch in range(36)]  # no newline, as ever
+    assert method.plan(grid).at_least == method.plan(grid).at_most == 36
+    assert method.select(views_of(grid)).count.tolist() == [int(36 * ratio)]  # of LLaVA-1.5
+    corrected = get("hired", retention_ratio=ratio).select(views)
+    assert len(sequence_of(views, corrected)) == int(36 * ratio) + 1
 
 
 def test_newlines_are_left_out_only_when_released() -> None:

@@ -65,9 +65,12 @@ def views_of(
     )
 
 
+def projected(features: Tensor) -> Tensor:
+    return features @ torch.linspace(-1, 1, 8 * 5).reshape(8, 5).to(features.dtype)
+
+
 def packed_of(views: Views, selection: Selection) -> Packed:
-    weight = torch.linspace(-1, 1, 8 * 5).reshape(8, 5).to(views.features.dtype)
-    return pack(views, selection, lambda x: x @ weight, torch.full((5,), 3.0))
+    return pack(views, selection, projected, torch.full((5,), 3.0))
 
 
 # --- the contract ----------------------------------------------------------------------------------------------------
@@ -99,6 +102,14 @@ def test_kept_tokens(name: str, image: str, dtype: torch.dtype, ratio: float) ->
 
         packed = packed_of(views, selection)
         assert packed.patches == total == int((packed.origin >= 0).sum())
+        # What is in the sequence is what was selected: these patches of these views, the features those of the patches.
+        names = [row.tolist() for row in views.ids] if views.ids is not None else [range(SIDE**2)] * views.grid.n_views
+        chosen = {(v, names[v][slot]): (v, slot) for v, mine in enumerate(kept) for slot in mine}
+        origin = [divmod(place, SIDE**2) for place in packed.origin.tolist() if place >= 0]
+        assert sorted(origin) == sorted(chosen)
+        features = views.features if selection.features is None else selection.features
+        view, slot = torch.tensor([chosen[patch] for patch in origin]).T
+        torch.testing.assert_close(packed.features[packed.origin >= 0], projected(features[view, slot]))
         assert packed.features.dtype == dtype
         assert packed.features.device == views.features.device
         assert selection.order.device == selection.count.device == views.features.device
@@ -399,7 +410,7 @@ def test_unknown_fields_and_profiles_list_the_known_ones(name: str) -> None:
 # --- directory = registry --------------------------------------------------------------------------------------------
 
 
-FILES = sorted(Path(llava.compress.__file__).parent.glob("*.py"))
+FILES = sorted(file for folder in llava.compress.__path__ for file in Path(folder).glob("*.py"))
 
 
 @pytest.mark.parametrize("stem", [path.stem for path in FILES if path.stem != "__init__"])
@@ -429,7 +440,8 @@ def test_the_controls_and_globalcom2_are_there() -> None:
 @every_method
 def test_methods_never_see_a_model(name: str) -> None:
     # No transformers, no PIL in a method's file: it is a record and arithmetic. (GlobalCom² lives in the architecture.)
-    tree = ast.parse((FILES[0].parent / f"{name}.py").read_text(encoding="utf-8"))
+    (file,) = (file for file in FILES if file.stem == name)
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not {module for module in imported if module.split(".")[0] in ("transformers", "PIL")}

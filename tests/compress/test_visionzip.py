@@ -63,7 +63,7 @@ def o9() -> Views:
 
 # Six tokens of nine patches: [CLS], the dominant 2, 4 and 9, and two contextual ones, of 1, 3 and 7 and of 6, 5 and 8.
 O9 = {
-    "released": [-1, 2, 4, 9, 6, 12.5],
+    "released": [-1, 2, 4, 9, 6, 12.5, 0],
     "corrected": [-1, 11 / 3, 2, 4, 19 / 3, 9, 0],
 }
 
@@ -259,6 +259,19 @@ def test_newlines_are_left_out_only_when_released() -> None:
     for profile, newlines in (("released", 0), ("corrected", bottom - top)):
         selection = get("visionzip", retention_ratio=0.25, profile=profile).select(views)
         assert sequence_of(views, selection).count(NL) == newlines
+
+
+@pytest.mark.parametrize("profile", ["corrected", "released"])
+def test_a_single_view_ends_in_a_newline_where_the_checkpoint_unpads(profile: str) -> None:
+    """The release leaves the end of a single view to LLaVA: behind the contextual tokens, if the merge type unpads."""
+    views = views_of(grid_of("single"), layout=Layout())
+    method = get("visionzip", retention_ratio=0.5, profile=profile)
+    selection = method.select(views)
+    expected_, _ = expected(replace(views, layout=SINGLE), 0.5, profile)
+    assert sequence_of(views, selection) == [*expected_, NL]
+    for layout in (SINGLE, Layout(unpad=False, newline="none")):
+        views = views_of(grid_of("single"), layout=layout)
+        assert sequence_of(views, method.select(views)) == expected_
 
 
 # --- invariants ------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -14,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed.run
 
 from llava.eval.benchmarks import available, get
 from llava.eval.benchmarks.base import read_jsonl
 from llava.model import llava_arch
 from llava.model.llava_arch import retention_ratio
-from llava.utils import OneLineParser
 from tests.eval.data import write_benchmark
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +28,6 @@ NAMES = {
 }  # fmt: skip
 OTHERS = {"check_data", "pocket", "run_grid"}
 LINE_101 = f"globalcom2-{retention_ratio}"
-PARSE = OneLineParser.parse_args
 
 
 def bash(script: str, *words: Any, **variables: Any) -> subprocess.CompletedProcess[str]:
@@ -53,37 +49,6 @@ def dry(script: str, *words: Any, **variables: Any) -> list[list[str]]:
     commands = [shlex.split(line) for line in done.stdout.splitlines()]
     assert {command.pop(0) for command in commands} == {sys.executable}
     return commands
-
-
-class Parsed(Exception):
-    """What a program's own parser made of its words."""
-
-
-def stop(parser: OneLineParser, args: Any = None, namespace: Any = None) -> None:
-    raise Parsed(PARSE(parser, args, namespace))
-
-
-@pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], argparse.Namespace]:
-    """Give the words of a command to its program, as far as its parser."""
-
-    def parse(command: list[str]) -> argparse.Namespace:
-        flag, module, *words = command
-        assert flag == "-m"
-        if module == "llava.eval.launch":
-            launcher = torch.distributed.run.get_args_parser().parse_args(words)
-            assert launcher.module
-            args = parse(["-m", launcher.training_script, *launcher.training_script_args])
-            assert str(args.num_processes) == launcher.nproc_per_node
-            return args
-        monkeypatch.setattr(OneLineParser, "parse_args", stop)
-        monkeypatch.setattr(sys, "argv", [module, *words])
-        monkeypatch.delitem(sys.modules, module, raising=False)
-        with pytest.raises(Parsed) as caught:
-            runpy.run_module(module, run_name="__main__")
-        return caught.value.args[0]
-
-    return parse
 
 
 @cache
