@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava.compress.attach import exclusive
+from llava.compress.base import Compressor
 from llava.compress.trace import GenerationClock, Trace
 from llava.model.language_model.branches import Branches, branching
 from llava.model.language_model.inside import drop_inside
 from llava.model.language_model.prefix import SharedPrefix
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.switch import as_method
 
 
 class ImageGeneration(LlavaMetaForCausalLM):
@@ -47,17 +50,18 @@ class ImageGeneration(LlavaMetaForCausalLM):
         if isinstance(past_key_values, Branches):
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             attention_mask = past_key_values.visible(attention_mask, tokens)
-        return super().forward(  # type: ignore[misc]
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        with exclusive(self.get_model().layers):
+            return super().forward(  # type: ignore[misc]
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
 
     def save_pretrained(self, save_directory: Any, *, state_dict: Any = None, **kwargs: Any) -> None:
         """Save under the published names, so that other LLaVA code reads the tower too (transformers dropped a level).
@@ -81,9 +85,12 @@ class ImageGeneration(LlavaMetaForCausalLM):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         trace: Trace | None = None,
+        method: Compressor | str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Answer prompts `[B, L]`; returns new tokens only.
+
+        Several threads may call it: they take turns in the tower and in the language model.
 
         Args:
             inputs: ids, IMAGE_TOKEN_INDEX where an image goes; padded on either side, if `attention_mask` says where.
@@ -92,6 +99,7 @@ class ImageGeneration(LlavaMetaForCausalLM):
             input_ids: the same as `inputs`.
             attention_mask: `[B, L]`; None: every id is a token.
             trace: filled with what happened, if given.
+            method: compression method for this call, or its name or call; None: the model's.
             **kwargs: for transformers' `generate`.
 
         Raises:
@@ -100,10 +108,11 @@ class ImageGeneration(LlavaMetaForCausalLM):
         ids = inputs if inputs is not None else input_ids
         if ids is None or "inputs_embeds" in kwargs:
             raise NotImplementedError("generate takes ids and images; inputs_embeds are made from them")
-        s = self.splice_images(ids, attention_mask, None, images, image_sizes, padding_side="left", trace=trace)
+        method = as_method(self.method if method is None else method)  # once: another thread may change the model's
+        s = self.splice_images(ids, attention_mask, None, images, image_sizes, "left", trace, method)
         steps = GenerationClock(trace, s.inputs_embeds.device)
         kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), *steps.criteria]
-        with steps, drop_inside(self.get_model(), self.method, s) as session:
+        with drop_inside(self.get_model(), method, s) as session, steps:
             if session.points:  # what the hooks remember between steps, a compiled step would take for constant
                 kwargs["disable_compile"] = True
             answer = self._continue(inputs_embeds=s.inputs_embeds, attention_mask=s.attention_mask, **kwargs)
@@ -130,7 +139,7 @@ class ImageGeneration(LlavaMetaForCausalLM):
         mask = prefix.mask.repeat_interleave(rows, 0)
         # transformers wants the whole sequence and takes its cached part from the cache, whatever stands there.
         cached = rest.inputs_embeds.new_zeros(*mask.shape, rest.inputs_embeds.shape[2])
-        with branching(self.config):
+        with branching(self.get_model()):
             return self._continue(
                 inputs_embeds=torch.cat((cached, rest.inputs_embeds), 1),
                 attention_mask=torch.cat((mask, rest.attention_mask), 1),
