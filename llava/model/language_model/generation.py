@@ -1,6 +1,7 @@
 """`forward` and `generate` with images, for every language model LLaVA is built on."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from llava.compress.attach import exclusive
 from llava.compress.base import Compressor
 from llava.compress.trace import GenerationClock, Trace
+from llava.constants import PromptTooLong
 from llava.model.language_model.branches import Branches, branching
 from llava.model.language_model.inside import drop_inside
 from llava.model.language_model.prefix import SharedPrefix
@@ -100,10 +102,12 @@ class ImageGeneration(LlavaMetaForCausalLM):
             attention_mask: `[B, L]`; None: every id is a token.
             trace: filled with what happened, if given.
             method: compression method for this call, or its name or call; None: the model's.
-            **kwargs: for transformers' `generate`.
+            **kwargs: for transformers' `generate`. Where they do not say how long an answer may get, the generation
+                config does: `max_new_tokens`, or `max_length` with the prompt and its images counted; else it ends
+                where the model does, at EOS or at `config.max_position_embeddings`.
 
         Raises:
-            InputError: see `splice_images`.
+            InputError: see `splice_images`; or no room is left for an answer.
         """
         ids = inputs if inputs is not None else input_ids
         if ids is None or "inputs_embeds" in kwargs:
@@ -150,8 +154,34 @@ class ImageGeneration(LlavaMetaForCausalLM):
     def _continue(self, **kwargs: Any) -> Any:
         """Call transformers' `generate` on embeddings."""
         kwargs.pop("position_ids", None)  # they follow from the mask
+        kwargs = self._until(kwargs)
         settings = kwargs.get("generation_config") or self.generation_config
         if not kwargs.get("do_sample", settings.do_sample):
             # Callers pass temperature=0 for greedy search; transformers warns about settings greedy search ignores.
             kwargs = {key: value for key, value in kwargs.items() if key not in ("temperature", "top_p", "top_k")}
         return super().generate(**kwargs)  # type: ignore[misc]
+
+    def _until(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Settle where answers end, as transformers does, but for its 20 tokens where nobody says; see `generate`.
+
+        All is said as `max_length`, since transformers warns of callers' `max_new_tokens` beside a checkpoint's own.
+        """
+        prompt, asked, own = given["inputs_embeds"].shape[1], given.get("generation_config"), self.generation_config
+        sources = (given, vars(asked) if asked else {}, vars(own))
+
+        def said(name: str) -> int | None:
+            return next((found for source in sources if (found := source.get(name)) is not None), None)
+
+        new, total = said("max_new_tokens"), said("max_length") or self.config.max_position_embeddings
+        if new is not None:
+            total = prompt + new
+        if total <= prompt:
+            raise PromptTooLong(
+                f"the prompt is {prompt} tokens long with its images, which leaves no room for an answer within "
+                f"{total}; give max_new_tokens, a greater max_length or a lower retention ratio"
+            )
+        if asked is None or given.keys() & {"max_new_tokens", "max_length"}:
+            return given | {"max_new_tokens": None, "max_length": total}
+        asked = copy(asked)
+        asked.max_length, asked.max_new_tokens = total, None if own.max_new_tokens is None else new
+        return given | {"generation_config": asked}
