@@ -205,7 +205,9 @@ def test_an_engine_works_with_the_method_it_was_made_with(engine, show):
 
 def test_engines_of_one_model_in_threads(engine, show):
     groups = [(show(0), texts(0, 3)), (show(1), texts(1, 2))]
-    machines = [engine(method) for method in ("tome(retention_ratio=0.5)", METHODS[1], "fastv(layer=1)")]
+    machines = [
+        engine(method) for method in ("tome(retention_ratio=0.5)", METHODS[1], "fastv(layer=1, retention_ratio=0.5)")
+    ]
     wanted = [plain(ask(machine, groups)) for machine in machines]
     fresh = [engine(str(machine.method)) for machine in machines]
     with ThreadPoolExecutor(6) as pool:
