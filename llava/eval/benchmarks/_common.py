@@ -115,6 +115,13 @@ def grouped(values: Mapping[Any, float], groups: Mapping[Any, Iterable[str]]) ->
     return {name: mean(members[name]) for name in sorted(members)}
 
 
+def with_groups(
+    main: Mapping[str, float], values: Mapping[Any, float], groups: Mapping[Any, Iterable[str]]
+) -> dict[str, float]:
+    """Return the main numbers, then the mean in every group; a group of the same name does not replace them."""
+    return {**main, **grouped(values, groups), **main}
+
+
 def linearised(headline: float, parts: Sequence[tuple[float, Mapping[Any, float]]]) -> dict[Any, float]:
     """Spread a number that is no mean over questions, so that intervals can be resampled from it.
 

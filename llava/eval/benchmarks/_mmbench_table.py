@@ -2,9 +2,9 @@
 
 import csv
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava.constants import InputError
 from llava.eval.benchmarks._common import latest, official
@@ -20,6 +20,9 @@ NOT_SUBMITTED = {"hint", "category", "source", "image", "comment", "l2-category"
 PREDICTION_COLUMN = 6
 CELL_LIMIT = 2**31 - 1
 COLUMNS = {"index", "question", "A", "B", "image"}
+# Longest cell that can name another row instead of carrying a picture, as in VLMEvalKit; no picture is as short.
+REFERENCE = 64
+INDEX_DIGITS = 18
 
 
 def read_table(file: Path, source: str) -> Iterator[dict[str, str]]:
@@ -28,8 +31,9 @@ def read_table(file: Path, source: str) -> Iterator[dict[str, str]]:
     The limit on the length of a cell is raised for the process: a picture is one cell.
 
     Raises:
-        InputError: the file is missing, is no table, lacks a column, or an index is no number.
+        InputError: the file is missing, is no table, lacks a column, or an index is no number or stands there twice.
     """
+    seen: set[int] = set()
     csv.field_size_limit(CELL_LIMIT)
     with official(file, source), file.open(newline="", encoding="utf-8-sig") as stream:
         table = csv.DictReader(stream, delimiter="\t", restval="")
@@ -38,11 +42,46 @@ def read_table(file: Path, source: str) -> Iterator[dict[str, str]]:
             raise InputError(f"{str(file)!r} has no column {', '.join(sorted(lacking))}; get it from {source}")
         try:
             for row in table:
-                if not row["index"].isdecimal():
-                    raise InputError(f"{str(file)!r}, line {table.line_num}: index {row['index'][:20]!r} is no number")
+                cell, line = row["index"], f"{str(file)!r}, line {table.line_num}"
+                if not cell.isdecimal() or len(cell) > INDEX_DIGITS:
+                    raise InputError(f"{line}: index {cell[:20]!r} is no number")
+                if int(cell) in seen:
+                    raise InputError(f"{line}: index {cell} stands there twice; answers to it cannot be told apart")
+                seen.add(int(cell))
                 yield {name: cell for name, cell in row.items() if name is not None}
         except csv.Error as error:
             raise InputError(f"{str(file)!r}, line {table.line_num}: {error}; get it from {source}") from error
+
+
+class Shown(NamedTuple):
+    """The picture of a row."""
+
+    data: str | None = None
+    """In base64."""
+    error: str | None = None
+    """Why there is none."""
+
+
+def pictures(rows: Iterable[Mapping[str, str]]) -> dict[int, Shown]:
+    """Return the picture of every row by its index; a cell that is another row's index stands for that row's picture.
+
+    Published tables write the picture of a question once and let its rotations name it.
+    """
+    cells = {int(row["index"]): row["image"].strip() for row in rows}
+    return {index: _follow(index, cells) for index in cells}
+
+
+def _follow(index: int, cells: Mapping[int, str]) -> Shown:
+    passed = {index}
+    while cells[index].isdecimal() and len(cells[index]) <= REFERENCE:
+        named = int(cells[index])
+        if named not in cells:
+            return Shown(error=f"the image cell of row {index} names row {named}, which is not in the table")
+        if named in passed:
+            return Shown(error=f"the image cell of row {index} names row {named}, which leads back to it")
+        passed.add(named)
+        index = named
+    return Shown(error=f"row {index} has no picture") if is_none(cells[index]) else Shown(cells[index])
 
 
 def is_none(cell: str | None) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.constants import InputError
-from llava.eval.benchmarks._common import gaps, grouped, mean
+from llava.eval.benchmarks._common import gaps, mean, with_groups
 from llava.eval.benchmarks.base import Result
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -101,7 +101,8 @@ def vqa_result(name: str, answers: Mapping[Any, str], labels: Mapping[Any, Label
     """
     scored = {key: 100 * vqa_accuracy(text, labels[key].humans) for key, text in answers.items() if key in labels}
     more = gaps(len(labels), len(scored), len(answers) - len(scored))
-    metrics = {"accuracy": mean(scored.values()), **grouped(scored, {key: [labels[key].kind] for key in scored})}
+    kinds = {key: [labels[key].kind] for key in scored}
+    metrics = with_groups({"accuracy": mean(scored.values())}, scored, kinds)
     return Result(
         benchmark=name,
         metrics=metrics,

@@ -9,11 +9,11 @@ from llava.eval.benchmarks._common import (
     JsonlBenchmark,
     export_path,
     gaps,
-    grouped,
     latest,
     mean,
     official,
     read_json,
+    with_groups,
     write_json,
 )
 from llava.eval.benchmarks.base import Result, Row
@@ -68,7 +68,7 @@ class GQA(JsonlBenchmark):
         }
         notes += gaps(len(labels), len(scored), len(answers) - len(scored))
         groups = {key: _groups(labels[str(key)]) for key in scored}
-        metrics = {"accuracy": mean(scored.values()), **grouped(scored, groups)}
+        metrics = with_groups({"accuracy": mean(scored.values())}, scored, groups)
         return Result(
             benchmark=self.name,
             metrics=metrics,
