@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from llava.constants import InputError
 from llava.eval.benchmarks.base import Benchmark, Question, Result, Row, read_jsonl
@@ -13,12 +13,16 @@ from llava.eval.benchmarks.base import Benchmark, Question, Result, Row, read_js
 class JsonlBenchmark(Benchmark):
     """A benchmark whose question file has one object a line and whose text is asked as it stands."""
 
+    recorded: ClassVar[tuple[str, ...]] = ()
+    """Fields of a question's line that the answers file repeats."""
+
     def questions(self, file: Path, **options: Any) -> Iterator[Question]:
         """Read `question_id, image, text` of every line; options change nothing."""
         for number, row in enumerate(read_jsonl(file), 1):
             if "question_id" not in row or not isinstance(row.get("text"), str):
                 raise InputError(f"{str(file)!r}, question {number} has no question_id or no text; get it anew")
-            yield Question(id=row["question_id"], text=row["text"], image=row.get("image"))
+            extra = {name: row[name] for name in self.recorded if name in row}
+            yield Question(id=row["question_id"], text=row["text"], image=row.get("image"), extra=extra)
 
 
 @contextmanager
