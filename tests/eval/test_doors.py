@@ -114,7 +114,10 @@ def test_science_qa(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--base-dir", tmp_path, "--result-file", results, "--split", "minitest", "--options", "ABC"]
     output = ["--output-file", tmp_path / "o" / "output.json", "--output-result", tmp_path / "o" / "result.json"]
     eval_science_qa.main([str(value) for value in (*flags, *output)])
-    assert capsys.readouterr().out == "Total: 3, Correct: 1, Accuracy: 33.33%, IMG-Accuracy: 50.00%\n"
+    caught = capsys.readouterr()
+    assert caught.out == "Total: 3, Correct: 1, Accuracy: 33.33%, IMG-Accuracy: 50.00%\n"
+    assert [line.split(" ")[1] for line in caught.err.splitlines()] == ["1", "1"]
+    assert "1 of 3 questions have no answer" in caught.err
     written = json.loads((tmp_path / "o" / "output.json").read_text())
     assert written["correct"] == [
         {

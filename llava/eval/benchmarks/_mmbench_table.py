@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from llava.constants import InputError
 from llava.eval.benchmarks._common import latest, official
+from llava.eval.benchmarks._schema import check_regular
 from llava.eval.benchmarks.base import Row
 
 LETTERS = "ABCD"
@@ -33,24 +34,33 @@ def read_table(file: Path, source: str) -> Iterator[dict[str, str]]:
     Raises:
         InputError: the file is missing, is no table, lacks a column, or an index is no number or stands there twice.
     """
-    seen: set[int] = set()
     csv.field_size_limit(CELL_LIMIT)
-    with official(file, source), file.open(newline="", encoding="utf-8-sig") as stream:
-        table = csv.DictReader(stream, delimiter="\t", restval="")
-        lacking = COLUMNS - set(table.fieldnames or ())
-        if lacking:
-            raise InputError(f"{str(file)!r} has no column {', '.join(sorted(lacking))}; get it from {source}")
-        try:
-            for row in table:
-                cell, line = row["index"], f"{str(file)!r}, line {table.line_num}"
-                if not cell.isdecimal() or len(cell) > INDEX_DIGITS:
-                    raise InputError(f"{line}: index {cell[:20]!r} is no number")
-                if int(cell) in seen:
-                    raise InputError(f"{line}: index {cell} stands there twice; answers to it cannot be told apart")
-                seen.add(int(cell))
-                yield {name: cell for name, cell in row.items() if name is not None}
-        except csv.Error as error:
-            raise InputError(f"{str(file)!r}, line {table.line_num}: {error}; get it from {source}") from error
+    with official(file, source):
+        check_regular(file)
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            table = csv.DictReader(stream, delimiter="\t", restval="")
+            try:
+                yield from _checked(table)
+            except (csv.Error, ValueError) as error:
+                raise InputError(f"{str(file)!r}, line {table.line_num}: {error}") from error
+
+
+def _checked(table: "csv.DictReader[str]") -> Iterator[dict[str, str]]:
+    """Read the rows of a table, cells beyond the last column left out."""
+    names = table.fieldnames or ()
+    if lacking := COLUMNS - set(names):
+        raise ValueError(f"there is no column {', '.join(sorted(lacking))}")
+    if len(set(names)) < len(names):
+        raise ValueError("two columns have the same name")
+    seen: set[int] = set()
+    for row in table:
+        cell = row["index"]
+        if not cell.isdecimal() or len(cell) > INDEX_DIGITS:
+            raise ValueError(f"index {cell[:20]!r} is no number")
+        if int(cell) in seen:
+            raise ValueError(f"index {cell} stands there twice; answers to it cannot be told apart")
+        seen.add(int(cell))
+        yield {name: cell for name, cell in row.items() if name is not None}
 
 
 class Shown(NamedTuple):
@@ -146,7 +156,7 @@ def export_table(rows: Sequence[Row], table: Path, file: Path, source: str) -> l
         if number == 0:
             names = list(kept)
             names.insert(PREDICTION_COLUMN, "prediction")
-            sheet.append(names)
+            sheet.append(_cells(lambda value: WriteOnlyCell(sheet, value), names))
         index = int(row["index"])
         answer = answers.get((index, 0))
         values: dict[str, Any] = {name: None if is_none(cell) else cell for name, cell in kept.items()}

@@ -16,7 +16,10 @@ from llava.eval.benchmarks._common import (
     with_groups,
     write_json,
 )
+from llava.eval.benchmarks._schema import FLAG, TEXT, Every
 from llava.eval.benchmarks.base import Result, Row
+
+LABELS = Every({"answer": TEXT, "types": {"structural": TEXT}, "isBalanced?": FLAG})
 
 
 class Label(NamedTuple):
@@ -40,7 +43,10 @@ def export_predictions(rows: Sequence[Row], file: Path) -> list[Path]:
 
 
 class GQA(JsonlBenchmark):
-    """Compositional questions about Visual Genome pictures."""
+    """Compositional questions about Visual Genome pictures.
+
+    A question without an answer, or whose row reports an error, is left out and counted.
+    """
 
     name = "gqa"
     folder = "gqa"
@@ -82,8 +88,8 @@ class GQA(JsonlBenchmark):
         """Read the balanced questions' labels, from `data/` or the folder of GQA's archive inside it."""
         file = self._label_file(data)
         with official(file, self.source):
-            questions: Mapping[str, Any] = read_json(file)
-            balanced = {key: entry for key, entry in questions.items() if entry.get("isBalanced", True)}
+            questions: Mapping[str, Any] = read_json(file, LABELS)
+            balanced = {key: entry for key, entry in questions.items() if entry.get("isBalanced") is not False}
             labels = {key: Label(entry["answer"], entry["types"]["structural"]) for key, entry in balanced.items()}
         if not labels:
             raise InputError(f"{str(file)!r} holds no balanced questions; get it from {self.source}")

@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 
 from llava.constants import InputError
 from llava.eval.benchmarks._common import JsonlBenchmark, gaps, latest, linearised, mean, official
+from llava.eval.benchmarks._schema import ID, TEXT
 from llava.eval.benchmarks.base import Result, Row, read_jsonl
 
 REVISION = "e3e3926"
+QUESTION = {"question_id": ID, "image": TEXT, "text": TEXT, "category": TEXT}
+LABEL = {"image": TEXT, "text": TEXT, "label": TEXT}
 CATEGORY = re.compile(r"[\w-]{1,64}")
 Pair = tuple[str, str]
 """Picture and question."""
@@ -108,7 +111,7 @@ def judge(rows: Sequence[Row], questions: Path, annotations: Path) -> tuple[dict
 
 def _read_questions(file: Path) -> dict[Key, Pair]:
     asked: dict[Key, Pair] = {}
-    for number, row in enumerate(read_jsonl(file), 1):
+    for number, row in enumerate(read_jsonl(file, QUESTION), 1):
         key = Key(row["question_id"], row["category"])
         if not CATEGORY.fullmatch(key.category):
             raise InputError(f"{str(file)!r}, question {number}: category {key.category[:40]!r} is no name")
@@ -188,7 +191,7 @@ def _category(name: str, asked: Mapping[Key, Pair], answers: Mapping[Key, Row], 
 def _read_labels(file: Path) -> dict[Pair, bool]:
     """Return for every picture and question whether "yes" is right."""
     labels: dict[Pair, bool] = {}
-    for number, row in enumerate(read_jsonl(file), 1):
+    for number, row in enumerate(read_jsonl(file, LABEL), 1):
         pair, right = (row["image"], row["text"].strip()), row["label"] != "no"
         if labels.setdefault(pair, right) != right:
             raise InputError(f"{str(file)!r}, label {number} contradicts an earlier one of the same question")
