@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from llava.constants import InputError
 from llava.eval.benchmarks._common import official, write_json
-from llava.eval.benchmarks._schema import NAME, TEXT
+from llava.eval.benchmarks._schema import NAME_OR_NONE, TEXT
 from llava.eval.benchmarks.scienceqa import IMAGE, LETTERS, PROBLEM, ScienceQA, read_problems, read_split
 from llava.utils import OneLineParser, run_command
 
 Problem = dict[str, Any]
-LAYOUT = {**PROBLEM, "question": TEXT, "hint?": TEXT, "image?": NAME, "lecture?": TEXT, "solution?": TEXT}
+LAYOUT = {**PROBLEM, "question": TEXT, "hint?": TEXT, "image?": NAME_OR_NONE, "lecture?": TEXT, "solution?": TEXT}
 
 
 def asked(problem: Problem, order: str) -> str:

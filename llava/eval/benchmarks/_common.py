@@ -116,7 +116,7 @@ def by_id(row: Row) -> Any:
 
 def by_prompt(row: Row) -> Any:
     """Key of an answer where the questions of a picture share their id."""
-    return row["question_id"], row.get("prompt", "")
+    return row["question_id"], row.get("prompt") or ""
 
 
 def latest(rows: Sequence[Row], key: Callable[[Row], Any] = by_id) -> tuple[dict[Any, Row], list[str]]:

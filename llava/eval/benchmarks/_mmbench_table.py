@@ -149,19 +149,27 @@ def export_table(rows: Sequence[Row], table: Path, file: Path, source: str) -> l
             "writing xlsx needs openpyxl, which is not installed; pip install 'globalcom2[eval]'"
         ) from error
     answers, _ = latest(rows, asked_in)
+    lines = list(_submitted(table, source, answers))  # all of them, as a book that is begun must be saved
     book = Workbook(write_only=True)
     sheet = book.create_sheet("Sheet1")
-    for number, row in enumerate(read_table(table, source)):
+    for line in lines:
+        sheet.append(_cells(lambda value: WriteOnlyCell(sheet, value), line))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    book.save(file)
+    return [file]
+
+
+def _submitted(table: Path, source: str, answers: Mapping[tuple[int, int], Row]) -> Iterator[list[Any]]:
+    """Return the head of the server's table, then its rows."""
+    names: list[str] = []
+    for row in read_table(table, source):
         kept = {name: cell for name, cell in row.items() if name not in NOT_SUBMITTED}
-        if number == 0:
+        if not names:
             names = list(kept)
             names.insert(PREDICTION_COLUMN, "prediction")
-            sheet.append(_cells(lambda value: WriteOnlyCell(sheet, value), names))
+            yield names
         index = int(row["index"])
         answer = answers.get((index, 0))
         values: dict[str, Any] = {name: None if is_none(cell) else cell for name, cell in kept.items()}
         values |= {"index": index, "prediction": str(answer["text"]) if answer else None}
-        sheet.append(_cells(lambda value: WriteOnlyCell(sheet, value), [values[name] for name in names]))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    book.save(file)
-    return [file]
+        yield [values[name] for name in names]

@@ -54,7 +54,7 @@ def _encodable(value: Any) -> bool:
 
 
 def _names_a_file(value: Any) -> bool:
-    if not _encodable(value) or "\0" in value or len(value.encode()) > PATH_BYTES:
+    if not _encodable(value) or not value or "\0" in value or len(value.encode()) > PATH_BYTES:
         return False
     return all(len(part.encode()) <= NAME_BYTES for part in value.split("/"))
 
@@ -66,6 +66,7 @@ def _whole(value: Any) -> bool:
 STRING = Kind("a string", lambda value: isinstance(value, str))
 TEXT = Kind("a string of whole characters", _encodable)
 NAME = Kind("the name of a file", _names_a_file)
+NAME_OR_NONE = Kind(NAME.words, lambda value: value == "" or _names_a_file(value))
 WHOLE = Kind("a whole number", _whole)
 ID = Kind("a string or a whole number", lambda value: _whole(value) or _encodable(value))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.eval.benchmarks._common import latest, make_questions, mean, official, read_json
-from llava.eval.benchmarks._schema import ANYTHING, ID, NAME, TEXT, WHOLE, Every, Listed
+from llava.eval.benchmarks._schema import ANYTHING, ID, NAME_OR_NONE, TEXT, WHOLE, Every, Listed
 from llava.eval.benchmarks.base import LETTER, Benchmark, Question, Result, Row
 
 IMAGE = "<image>"
-ENTRY = {"id": ID, "conversations": Listed({"value": TEXT}, least=1), "image?": NAME}
+ENTRY = {"id": ID, "conversations": Listed({"value": TEXT}, least=1), "image?": NAME_OR_NONE}
 """Layout of an entry of LLaVA's list."""
 PROBLEM = {"answer": WHOLE, "choices": Listed(TEXT)}
 """Layout of ScienceQA's account of a problem, as far as scores look at it."""
