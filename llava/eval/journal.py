@@ -49,11 +49,11 @@ class Journal:
         for place, question in enumerate(questions):
             self._places.setdefault(_key(question.id, prompt_of(question)), []).append(place)
 
-    def check(self) -> Row:
+    def check(self, follow: Iterable[str] = ()) -> None:
         """Make sure that the answers on disk, if any, were made by this configuration; nothing is touched.
 
-        Returns:
-            The record of how they were made; empty where there are none.
+        Args:
+            follow: keys of the configuration that nobody asked for: they become those of the answers.
 
         Raises:
             InputError: they were made by another, or nobody knows by which.
@@ -61,7 +61,7 @@ class Journal:
         if self.file.exists() and not self.file.is_file():
             raise InputError(f"{str(self.file)!r} is no regular file; give another --answers-file")
         if not self.file.exists() and not any(part.is_file() and part.stat().st_size for part in self._listed()):
-            return {}
+            return
         if not self.record.exists():
             raise InputError(f"{str(self.file)!r} exists, and how it was made is not recorded; {REMEDY}")
         before = _object(self.record)
@@ -70,11 +70,11 @@ class Journal:
                 f"{str(self.file)!r} exists, and the record of how it was made, {str(self.record)!r}, is damaged; "
                 f"bring that back, {REMEDY}"
             )
+        self.config |= {key: before[key] for key in follow if isinstance(before.get(key), str)}
         differing = differences(before, self.config)
         if differing:
             said = ", ".join(differing)
             raise InputError(f"{str(self.file)!r} was made with another configuration ({said}); {REMEDY}")
-        return before
 
     def read(self) -> "Found":
         """Read what is on disk; nothing is touched.

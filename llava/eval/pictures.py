@@ -1,7 +1,6 @@
 """Pictures of a question file: found safely, decoded and preprocessed in worker processes that keep ahead."""
 
 import os
-import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava.constants import InputError
 from llava.eval.benchmarks.base import Question
+from llava.interrupts import deaf_children
 from llava.mm_utils import load_image, load_image_from_base64, process_images, to_rgb
 
 # Pictures that tell whether the folder is the right one.
@@ -99,7 +99,12 @@ class Pictures(Dataset[Picture]):
             image = open_picture(self.folder / str(name)) if data is None else to_rgb(load_image_from_base64(data))
             return Picture(group, process_images([image], self.processor, self.config)[0], image.size)
         except Exception as error:  # decoders raise all kinds on damaged pictures, and one may be too odd to resize
-            return Picture(group, error=" ".join(f"{name}: {str(error) or type(error).__name__}".split()))
+            return Picture(group, error=f"{about(name)} {' '.join(str(error).split()) or type(error).__name__}")
+
+
+def about(name: str | None) -> str:
+    """Return how an error begins that is about a picture."""
+    return " ".join(f"{name}:".split())
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -178,7 +183,7 @@ def stream(pictures: Pictures, sources: Iterable[Source], workers: int) -> Itera
     sampler: Any = sources
     ahead["pin_memory"] = torch.cuda.is_available()
     loader = DataLoader(pictures, batch_size=None, sampler=sampler, num_workers=workers, **ahead)
-    with _interrupts_held(), _ended_workers_said():
+    with deaf_children(), _ended_workers_said():
         iterator = iter(loader)
     while True:
         with _ended_workers_said():
@@ -188,16 +193,6 @@ def stream(pictures: Pictures, sources: Iterable[Source], workers: int) -> Itera
         # What a worker made lies in shared memory, which containers have little of; pinning has copied it already.
         shared = picture.views is not None and picture.views.is_shared()
         yield replace(picture, views=picture.views.clone()) if shared else picture
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back; processes started meanwhile never get one: a terminal sends it to them too, and we end them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -78,8 +78,8 @@ class Ranks:
         if self.rank == 0:
             try:
                 done = work(), None
-            except InputError as error:
-                done = None, error
+            except InputError as refused:
+                done = None, refused
         found, error = cast(tuple[T, InputError | None], self.share(done))
         if error is not None:
             raise error
