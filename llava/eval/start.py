@@ -1,16 +1,14 @@
 """What runs, in one line: where, how, which method at which ratio, and where that ratio came from."""
 
-import os
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from llava import env
 from llava.compress import get
-from llava.compress.base import RATIO_VARIABLE, Compressor
+from llava.compress.base import Compressor
 from llava.model.builder import read_config
-
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def start_line(args: Any, model: Any, processes: int = 1) -> str:
@@ -45,8 +43,8 @@ def ratio_source(args: Any, method: Compressor) -> str:
         source = "--retention-ratio"
     elif config.get("retention_ratio") is not None:
         source = "the checkpoint's config.json"
-    elif os.environ.get(RATIO_VARIABLE):
-        source = RATIO_VARIABLE
+    elif env.read(env.RATIO):
+        source = env.RATIO
     else:
         source = "line 101 of llava/model/llava_arch.py"
     return f"ratio from {source}"
@@ -57,7 +55,7 @@ def _device(device: torch.device) -> str:
 
 
 def _missing_gpu() -> str:
-    asked = os.environ.get(VISIBLE, "")
-    if asked in ("", "-1") or torch.cuda.is_available():
+    asked = env.read(env.GPUS)
+    if asked in (None, "-1") or torch.cuda.is_available():
         return ""
-    return f"; {VISIBLE}={asked} asks for a GPU, and torch finds none"
+    return f"; {env.GPUS}={asked} asks for a GPU, and torch finds none"
