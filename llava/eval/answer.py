@@ -30,6 +30,7 @@ from llava.eval.engine import Answer, Asked, Engine
 from llava.eval.journal import Journal
 from llava.eval.pictures import WORKERS, WORTHWHILE, Picture, Pictures, Source, check_paths, stream
 from llava.eval.ranks import Ranks
+from llava.eval.sample import sample
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import choose_method, load_pretrained_model, read_config
 from llava.utils import (
@@ -48,7 +49,7 @@ CHUNK = 8
 DECISIVE = (
     *("model_path", "model_base", "vision_tower", "dtype", "load_8bit", "load_4bit", "conv_mode", "benchmark"),
     *("temperature", "top_p", "num_beams", "max_new_tokens", "num_chunks", "chunk_idx", "image_folder"),
-    *("single_pred_prompt", "all_rounds", "lang", "no_ocr"),
+    *("single_pred_prompt", "all_rounds", "lang", "no_ocr", "sample"),
 )
 
 
@@ -84,7 +85,7 @@ class Tally:
 
 
 def select_questions(args: argparse.Namespace) -> list[Question]:
-    """Read the questions this run answers: the chunk, cut at the limit.
+    """Read the questions this run answers: of all or a sample the chunk, cut at the limit.
 
     Raises:
         InputError: the file is unreadable, the chunk does not exist, or a picture lies outside the image folder.
@@ -96,6 +97,7 @@ def select_questions(args: argparse.Namespace) -> list[Question]:
     if not file.is_file():
         raise InputError(f"there is no question file {str(file)!r}; see scripts/v1_5/eval/check_data.sh")
     questions = list(benchmarks.get(args.benchmark).questions(file, **options))
+    questions = sample(questions, benchmarks.get(args.benchmark), args.sample)
     size = -(-len(questions) // args.num_chunks)
     if not 0 <= args.chunk_idx < max(1, -(-len(questions) // max(1, size))):
         raise InputError(f"--chunk-idx {args.chunk_idx} is past the last of {args.num_chunks} chunks")
@@ -291,7 +293,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"processes that load pictures (default: {WORKERS} from {WORTHWHILE} pictures on, else none)",
     )
     parser.add_argument("--num-processes", type=int, help="refuse to run with another number")
-    parser.add_argument("--limit", type=at_least(1), help="answer the first N questions only")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--limit", type=at_least(1), help="answer the first N questions only")
+    part.add_argument(
+        "--sample", type=at_least(1), help="N questions from all categories, always the same ones"
+    )
     parser.add_argument("--one-by-one", action="store_true", help="question by question, as LLaVA's own scripts do")
     parser.add_argument("--overwrite", action="store_true", help="discard the answers there are and start over")
     parser.add_argument("--allow-outside", action="store_true", help="allow pictures outside the image folder")

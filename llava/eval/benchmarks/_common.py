@@ -18,7 +18,8 @@ class JsonlBenchmark(Benchmark):
         for number, row in enumerate(read_jsonl(file), 1):
             if "question_id" not in row or not isinstance(row.get("text"), str):
                 raise InputError(f"{str(file)!r}, question {number} has no question_id or no text; get it anew")
-            yield Question(id=row["question_id"], text=row["text"], image=row.get("image"))
+            category = str(row.get("category", ""))
+            yield Question(id=row["question_id"], text=row["text"], image=row.get("image"), category=category)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What a benchmark is: where its questions come from, how they are asked, and what an answer is worth."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,6 +30,8 @@ class Question:
     """What the answers file records as `prompt`; None: `text`."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the answers file's row."""
+    category: str = ""
+    """Which part of the benchmark it belongs to, for samples that are spread over all parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,10 @@ class Benchmark:
             InputError: a line cannot be read; the message names file and line.
         """
         raise NotImplementedError
+
+    def unit(self, question: Question) -> Hashable:
+        """Return a key that questions which are scored as one share; None: this one is scored alone."""
+        return None
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:
         """Score answers against the labels under `data` (the benchmark's folder).

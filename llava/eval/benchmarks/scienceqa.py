@@ -108,7 +108,8 @@ class ScienceQA(Benchmark):
         for key, value, image in entries:
             text = value.replace(IMAGE, "").strip()
             prompt = f"{IMAGE}\n{text}" if image else text
-            yield Question(id=key, text=text + suffix, image=image or None, prompt=prompt)
+            category = "with a picture" if image else "without"
+            yield Question(id=key, text=text + suffix, image=image or None, prompt=prompt, category=category)
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:
         """Return the accuracy on questions with a picture and on all; a missing answer is wrong and has no picture."""
