@@ -295,9 +295,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-processes", type=int, help="refuse to run with another number")
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--limit", type=at_least(1), help="answer the first N questions only")
-    part.add_argument(
-        "--sample", type=at_least(1), help="N questions from all categories, always the same ones"
-    )
+    part.add_argument("--sample", type=at_least(1), help="N questions from all categories, always the same ones")
     parser.add_argument("--one-by-one", action="store_true", help="question by question, as LLaVA's own scripts do")
     parser.add_argument("--overwrite", action="store_true", help="discard the answers there are and start over")
     parser.add_argument("--allow-outside", action="store_true", help="allow pictures outside the image folder")
