@@ -29,10 +29,10 @@ def sample(questions: Sequence[Question], benchmark: Benchmark, number: int | No
         unit = benchmark.unit(question)
         units.setdefault(("alone", place) if unit is None else ("unit", unit), []).append(place)
     chosen: list[int] = []
-    for unit in _in_turn([(questions[places[0]].category, places) for places in units.values()]):
-        if chosen and len(chosen) + len(unit) > number:
+    for places in _in_turn([(questions[places[0]].category, places) for places in units.values()]):
+        if chosen and len(chosen) + len(places) > number:
             break
-        chosen += unit
+        chosen += places
     return [questions[place] for place in sorted(chosen)]
 
 
