@@ -39,6 +39,7 @@ from llava.eval.pictures import (
 from llava.eval.ranks import Ranks
 from llava.eval.record import configuration
 from llava.eval.resume import kept_said, make_plan
+from llava.eval.sample import sample
 from llava.eval.start import start_line
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import choose_method, load_pretrained_model, read_config
@@ -72,6 +73,7 @@ def select_questions(args: argparse.Namespace) -> tuple[list[Question], list[int
     if not file.is_file():
         raise InputError(f"there is no question file {str(file)!r}; see scripts/v1_5/eval/check_data.sh")
     questions = list(benchmarks.get(args.benchmark).questions(file, **options))
+    questions = sample(questions, benchmarks.get(args.benchmark), args.sample)
     size = -(-len(questions) // args.num_chunks)
     if not 0 <= args.chunk_idx < max(1, -(-len(questions) // max(1, size))):
         raise InputError(f"--chunk-idx {args.chunk_idx} is past the last of {args.num_chunks} chunks")
@@ -259,7 +261,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"processes that load pictures (default: {WORKERS} from {WORTHWHILE} pictures on, else none)",
     )
     parser.add_argument("--num-processes", type=int, help="refuse to run with another number")
-    parser.add_argument("--limit", type=at_least(1), help="answer the first N questions only")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--limit", type=at_least(1), help="answer the first N questions only")
+    part.add_argument("--sample", type=at_least(1), help="N questions from all categories, always the same ones")
     parser.add_argument("--one-by-one", action="store_true", help="question by question, as LLaVA's own scripts do")
     parser.add_argument(
         "--retry-errors",

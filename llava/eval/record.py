@@ -25,7 +25,7 @@ from llava.model.multimodal_encoder.builder import locate_tower
 # Options that answers depend on as they are typed; the others may change between a run and its continuation.
 DECISIVE = (
     *("load_8bit", "load_4bit", "benchmark", "temperature", "top_p", "num_beams", "max_new_tokens"),
-    *("num_chunks", "chunk_idx", "single_pred_prompt", "all_rounds", "lang", "no_ocr"),
+    *("num_chunks", "chunk_idx", "single_pred_prompt", "all_rounds", "lang", "no_ocr", "sample"),
 )
 # Paths as typed, for people -> what they lead to. Records of earlier versions have the paths alone.
 MEANT = {"model_path": "model", "model_base": "base", "vision_tower": "tower", "image_folder": "pictures"}

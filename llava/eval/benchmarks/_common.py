@@ -18,7 +18,8 @@ class JsonlBenchmark(Benchmark):
         for number, row in enumerate(read_jsonl(file), 1):
             if "question_id" not in row or not isinstance(row.get("text"), str):
                 raise InputError(f"{str(file)!r}, question {number} has no question_id or no text; get it anew")
-            yield Question(id=row["question_id"], text=row["text"], image=row.get("image"))
+            category = str(row.get("category", ""))
+            yield Question(id=row["question_id"], text=row["text"], image=row.get("image"), category=category)
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def latest(rows: Sequence[Row], key: Callable[[Row], Any] = by_id) -> tuple[dict
 
 
 def gaps(labelled: int, scored: int, unknown: int) -> list[str]:
-    """Say how many labelled questions have no answer, and how many answers no label; neither enters the score.
+    """Say how many labelled questions have an answer, if not all, and how many answers no label; no other is scored.
 
     Raises:
         InputError: nothing is left to score.
@@ -87,7 +88,7 @@ def gaps(labelled: int, scored: int, unknown: int) -> list[str]:
         raise InputError("no answer belongs to a labelled question; check that --data and the answers are of one set")
     notes = []
     if scored < labelled:
-        notes.append(f"{labelled - scored} of {labelled} questions have no answer; the score is over the others")
+        notes.append(f"{scored} of {labelled} questions have an answer; the score is over these")
     if unknown:
         notes.append(
             f"{unknown} answers belong to no labelled question, or to one that has its answer, and are left out"

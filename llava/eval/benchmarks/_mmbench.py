@@ -67,6 +67,10 @@ class MMBenchBase(Benchmark):
         for row in read_table(file, self.source):
             yield from _ask(row, request if options.get("single_pred_prompt") else "", bool(options.get("all_rounds")))
 
+    def unit(self, question: Question) -> int:
+        """Keep the rotations of a question together, all of which it takes to be right."""
+        return int(question.id) % ROTATION
+
     def score(self, rows: Sequence[Row], data: Path) -> Result:
         """Return circular and vanilla accuracy, and the circular one by category, from the table's answer column."""
         answers, notes = latest(rows, asked_in)
@@ -130,7 +134,13 @@ def _ask(row: Mapping[str, str], suffix: str, all_rounds: bool) -> Iterator[Ques
         letters = rotated(LETTERS[: len(offered)], round_id)
         extra = {"round_id": round_id, "options": shown, "option_char": letters}
         yield Question(
-            id=int(row["index"]), text=text + suffix, image=image, data=row["image"], prompt=text, extra=extra
+            id=int(row["index"]),
+            text=text + suffix,
+            image=image,
+            data=row["image"],
+            prompt=text,
+            extra=extra,
+            category=row.get("category", ""),
         )
 
 

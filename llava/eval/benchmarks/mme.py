@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.eval.benchmarks._common import JsonlBenchmark, by_prompt, gaps, latest, linearised, mean, official
-from llava.eval.benchmarks.base import SHORT_ANSWER, Result, Row
+from llava.eval.benchmarks.base import SHORT_ANSWER, Question, Result, Row
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -90,6 +90,10 @@ class MME(JsonlBenchmark):
         question_file: "2374 questions",
         image_folder: "a folder for each of the 14 categories, with pictures and <picture>.txt labels",
     }
+
+    def unit(self, question: Question) -> Picture:
+        """Keep the questions of a picture together, which acc+ wants both right."""
+        return picture(str(question.id))
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:
         """Return acc, acc+ and their sum of each category, and the sums over perception, cognition and all."""

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava.eval.benchmarks._common import latest, mean, official, read_json
+from llava.eval.benchmarks._common import gaps, latest, mean, official, read_json
 from llava.eval.benchmarks.base import LETTER, Benchmark, Question, Result, Row
 
 IMAGE = "<image>"
 LETTERS = ("A", "B", "C", "D", "E")
 FAILED = "FAILED"
+# What upstream records as the prompt of a question without an answer.
+UNKNOWN = "Unknown"
 # The last dot stands for any character: "The answer is B" alone is not recognised.
 STATED = re.compile(r"The answer is ([A-Z]).")
 
@@ -74,7 +76,7 @@ def judge(
 
 
 def _verdict(key: str, problem: Mapping[str, Any], row: Row | None, letters: Sequence[str]) -> Verdict:
-    text, prompt = (str(row["text"]), str(row.get("prompt", ""))) if row else (FAILED, "Unknown")
+    text, prompt = (str(row["text"]), str(row.get("prompt", ""))) if row else (FAILED, UNKNOWN)
     parsed = parse(text, letters)
     offered = letters[: len(problem["choices"])]
     predicted = offered.index(parsed) if parsed in offered else -1
@@ -108,20 +110,22 @@ class ScienceQA(Benchmark):
         for key, value, image in entries:
             text = value.replace(IMAGE, "").strip()
             prompt = f"{IMAGE}\n{text}" if image else text
-            yield Question(id=key, text=text + suffix, image=image or None, prompt=prompt)
+            category = "with a picture" if image else "without"
+            yield Question(id=key, text=text + suffix, image=image or None, prompt=prompt, category=category)
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:
-        """Return the accuracy on questions with a picture and on all; a missing answer is wrong and has no picture."""
+        """Return the accuracy on questions with a picture and on all, over those that have an answer.
+
+        Differs from upstream's script (`llava.eval.eval_science_qa`) in: a question without an answer is counted and
+        left out, where it is wrong there and has no picture.
+        """
         answers, notes = latest(rows)
-        verdicts = judge(answers, data)
+        judged = judge(answers, data)
+        verdicts = [verdict for verdict in judged if verdict.prompt != UNKNOWN]
         values = {verdict.question_id: 100.0 * verdict.right for verdict in verdicts}
         shown = {verdict.question_id: values[verdict.question_id] for verdict in verdicts if verdict.multimodal}
-        missing = sum(verdict.prompt == "Unknown" for verdict in verdicts)
-        if missing:
-            notes.append(
-                f"{missing} of {len(verdicts)} questions have no answer and count as wrong questions without a picture"
-            )
-        failed = sum(verdict.parsed == FAILED for verdict in verdicts) - missing
+        notes += gaps(len(judged), len(verdicts), len(answers) - len(verdicts))
+        failed = sum(verdict.parsed == FAILED for verdict in verdicts)
         if failed:
             notes.append(f"{failed} answers name no choice and count as wrong")
         if not shown:
@@ -129,7 +133,7 @@ class ScienceQA(Benchmark):
         notes.append("papers quote img_accuracy, over the questions with a picture")
         return Result(
             benchmark=self.name,
-            metrics={"img_accuracy": mean(shown.values()), "accuracy": mean(values.values())},
+            metrics={**({"img_accuracy": mean(shown.values())} if shown else {}), "accuracy": mean(values.values())},
             headline="img_accuracy",
             n=len(shown),
             notes=tuple(notes),

@@ -100,7 +100,7 @@ def test_vanilla_score(tmp_path: Path) -> None:
     assert result.metrics == pytest.approx({"circular": 200 / 3, "vanilla": 200 / 3, "x": 50, "y": 100})
     assert (result.headline, result.n, result.scored) == ("circular", 3, "local")
     assert result.per_question == {241: 100, 252: 0, 253: 100}
-    assert "1 of 4 questions have no answer" in result.notes[0]
+    assert "3 of 4 questions have an answer" in result.notes[0]
     assert "every question was asked once" in result.notes[1]
     assert "1 answers name no option" in result.notes[2]
 

@@ -108,7 +108,7 @@ def test_no_positives_divide_by_nothing(data: Path) -> None:
     result = get("pope").score([row(2, "No")], data)
     assert [result.metrics[f"{m}_random"] for m in ("f1", "precision", "recall", "yes")] == [0, 0, 0, 0]
     assert result.metrics["accuracy_random"] == 100
-    assert any("5 of 6 questions have no answer" in note for note in result.notes)
+    assert any("1 of 6 questions have an answer" in note for note in result.notes)
 
 
 def test_labels_of_another_revision_are_told_and_do_no_harm(data: Path) -> None:
