@@ -174,6 +174,8 @@ def _run(args: argparse.Namespace, method: Compressor, journal: Journal, wanted:
     if plan.finished:
         return summary(journal, journal.read().rows) if ranks.rank == 0 else {}
     todo = [place for place in wanted if place not in plan.done]
+    groups = [[place] for place in todo] if args.one_by_one else group_by_image(journal.questions, todo)
+    workers = worker_count(args.num_workers, len(groups), ranks.world)
     if ranks.world > 1:
         journal.lock.join()
     # Whether the method can work in this model is said before anything is written, too.
@@ -184,13 +186,16 @@ def _run(args: argparse.Namespace, method: Compressor, journal: Journal, wanted:
     ranks.first(lambda: journal.prepare(args.overwrite))
     if ranks.rank == 0:
         started = [start_line(args, loaded[0].model, ranks.world)] if loaded else []
-        notes = (f"note: {note}\n" for note in (*plan.notes, *journal.notes))
-        sys.stderr.write("".join([*started, *notes]))
+        notes = [*plan.notes, *journal.notes]
+        if workers < (args.num_workers or 0):
+            notes.append(f"the CPUs are enough for {workers} of --num-workers {args.num_workers}")
+        sys.stderr.write("".join([*started, *(f"note: {note}\n" for note in notes)]))
     tally = Tally(ranks)
     if loaded:
         engine, processor = loaded
         model_id = args.model_name or get_model_name_from_path(args.model_path)
-        feed = _feed(args, journal.questions, todo, engine, processor, ranks, tally)
+        pictures = Pictures(Path(args.image_folder), processor, engine.model.config)
+        feed = _feed(engine, pictures, journal.questions, groups, workers, tally)
         before = len(wanted) - len(todo)
         with tqdm(total=len(wanted), initial=before, unit="question", disable=ranks.rank > 0) as bar:
             for answer in engine.answer(feed, one_by_one=args.one_by_one):
@@ -208,21 +213,15 @@ def _run(args: argparse.Namespace, method: Compressor, journal: Journal, wanted:
 
 
 def _feed(
-    args: argparse.Namespace,
-    questions: Sequence[Question],
-    todo: Sequence[int],
     engine: Engine,
-    processor: Any,
-    ranks: Ranks,
+    pictures: Pictures,
+    questions: Sequence[Question],
+    groups: Sequence[Sequence[int]],
+    workers: int,
     tally: Tally,
 ) -> Iterator[tuple[Picture, list[Asked]]]:
     """Yield this process's share of the groups of questions that are to be asked."""
-    groups = [[place] for place in todo] if args.one_by_one else group_by_image(questions, todo)
-    workers = worker_count(args.num_workers, len(groups), ranks.world)
-    if args.num_workers is not None and workers < args.num_workers and ranks.rank == 0:
-        sys.stderr.write(f"note: the CPUs are enough for {workers} of --num-workers {args.num_workers}\n")
-    pictures = Pictures(Path(args.image_folder), processor, engine.model.config)
-    mine = (source(turn, questions[groups[turn][0]]) for turn in ranks.claim(len(groups), CHUNK))
+    mine = (source(turn, questions[groups[turn][0]]) for turn in tally.ranks.claim(len(groups), CHUNK))
     for picture in stream(pictures, mine, workers):
         tally.update(images=int(picture.views is not None))
         yield picture, [engine.ask(place, questions[place]) for place in groups[picture.group]]

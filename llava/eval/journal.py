@@ -23,7 +23,7 @@ from llava.constants import InputError
 from llava.eval.benchmarks.base import Question, Row
 from llava.eval.lock import Lock
 from llava.eval.record import differences
-from llava.utils import write_whole
+from llava.utils import check_output, write_whole
 
 # What stands beside an answers file: how it was made, and how the run that finished it went.
 RECORD, SUMMARY = ".config.json", ".summary.json"
@@ -49,6 +49,16 @@ class Journal:
         for place, question in enumerate(questions):
             self._places.setdefault(_key(question.id, prompt_of(question)), []).append(place)
 
+    def check_place(self) -> None:
+        """Make sure that the answers file can be written; nothing is touched.
+
+        Raises:
+            InputError: it cannot, or what has its name is no file to be replaced.
+        """
+        check_output(self.file)
+        if self.file.exists() and not self.file.is_file():
+            raise InputError(f"{str(self.file)!r} is no regular file; give another --answers-file")
+
     def check(self, follow: Iterable[str] = ()) -> None:
         """Make sure that the answers on disk, if any, were made by this configuration; nothing is touched.
 
@@ -58,8 +68,6 @@ class Journal:
         Raises:
             InputError: they were made by another, or nobody knows by which.
         """
-        if self.file.exists() and not self.file.is_file():
-            raise InputError(f"{str(self.file)!r} is no regular file; give another --answers-file")
         if not self.file.exists() and not any(part.is_file() and part.stat().st_size for part in self._listed()):
             return
         if not self.record.exists():

@@ -11,7 +11,7 @@ import torch
 from llava.constants import InputError
 from llava.eval.journal import Found, Journal
 from llava.eval.pictures import about, readable
-from llava.output import REFUSALS, check_output, refusal
+from llava.output import REFUSALS, refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def make_plan(args: argparse.Namespace, journal: Journal, wanted: list[int]) -> 
     """
     if not args.overwrite and (plan := _look(args, journal, wanted)).finished:
         return plan
-    check_output(journal.file)
+    journal.check_place()
     try:
         journal.lock.take()
     except OSError as error:
