@@ -23,7 +23,7 @@ from llava.constants import InputError
 from llava.eval.benchmarks.base import Question, Row
 from llava.eval.lock import Lock
 from llava.eval.record import differences
-from llava.utils import check_output, write_whole
+from llava.utils import write_whole
 
 # What stands beside an answers file: how it was made, and how the run that finished it went.
 RECORD, SUMMARY = ".config.json", ".summary.json"
@@ -49,13 +49,12 @@ class Journal:
         for place, question in enumerate(questions):
             self._places.setdefault(_key(question.id, prompt_of(question)), []).append(place)
 
-    def check_place(self) -> None:
-        """Make sure that the answers file can be written; nothing is touched.
+    def check_kind(self) -> None:
+        """Make sure that what has the name of the answers file is one that may be replaced; nothing is touched.
 
         Raises:
-            InputError: it cannot, or what has its name is no file to be replaced.
+            InputError: it is a folder, a pipe or a device.
         """
-        check_output(self.file)
         if self.file.exists() and not self.file.is_file():
             raise InputError(f"{str(self.file)!r} is no regular file; give another --answers-file")
 

@@ -11,7 +11,7 @@ import torch
 from llava.constants import InputError
 from llava.eval.journal import Found, Journal
 from llava.eval.pictures import about, readable
-from llava.output import REFUSALS, refusal
+from llava.output import REFUSALS, check_output, refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,10 @@ def make_plan(args: argparse.Namespace, journal: Journal, wanted: list[int]) -> 
     Raises:
         InputError: the answers file is another run's, or cannot be written.
     """
+    journal.check_kind()
     if not args.overwrite and (plan := _look(args, journal, wanted)).finished:
         return plan
-    journal.check_place()
+    check_output(journal.file)
     try:
         journal.lock.take()
     except OSError as error:

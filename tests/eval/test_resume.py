@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from llava.eval import answer
+from llava.eval import answer, resume
 from llava.eval.engine import Engine
 from llava.eval.journal import Journal
 from llava.eval.lock import Lock
@@ -137,7 +137,7 @@ def test_a_finished_run_prints_what_it_recorded(run, tmp_path):
 def test_a_finished_run_needs_nothing_written(run, tmp_path, monkeypatch):
     _, rows, _ = run()
     (tmp_path / "out").chmod(0o500)
-    monkeypatch.setattr(Journal, "check_place", lambda self: pytest.fail("nothing is written"))
+    monkeypatch.setattr(resume, "check_output", lambda path: pytest.fail("nothing is written"))
     monkeypatch.setattr(Lock, "take", lambda self: pytest.fail("nothing is written"))
     assert run()[1] == rows
     (tmp_path / "out").chmod(0o700)
