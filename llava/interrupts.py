@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -57,10 +56,25 @@ def end_while_importing() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end_at_once)
+    if LAST_WORDS in os.environ and sys.platform == "linux":
+        _end_with(int(Path(os.environ[LAST_WORDS]).name))
+
+
+def _end_with(launcher: int) -> None:
+    """Be killed when the launcher dies, by whatever: alone, a process would wait for the others for days."""
+    import ctypes
+
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != launcher:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> None:
-    say(Interrupted(number))
+    if LAST_WORDS not in os.environ:  # below a launcher another process may have something to say
+        stop = Interrupted(number)
+        stop.add_note("nothing had begun")
+        say(stop)
     os._exit(128 + number)
 
 
@@ -107,7 +121,8 @@ def heard() -> Iterator[None]:
             stop.add_note(note)
         raise stop from None
     finally:
-        sys.unraisablehook = hook
+        ours = _end_at_once in before.values()  # this is the process's one command, and Python ends with it
+        sys.unraisablehook = _ignore if ours and _first else hook
         for number, handler in before.items():
             signal.signal(number, _leave if handler is _end_at_once else handler)
 
@@ -117,9 +132,15 @@ def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(128 + _first if _first else 0)
 
 
+def _ignore(unraisable: Any) -> None:
+    """Say nothing of what destructors trip over after an interrupt, such as torch's over its ended workers."""
+
+
 @contextmanager
 def deaf_children() -> Iterator[None]:
     """Start processes in here that are deaf to Ctrl-C: a terminal sends it to all, and who starts them answers it."""
+    from multiprocessing import resource_tracker  # only where processes are started
+
     resource_tracker.ensure_running()  # when it starts it unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -129,11 +150,15 @@ def deaf_children() -> Iterator[None]:
 
 
 @contextmanager
-def last_words(file: Path) -> Iterator[None]:
-    """Let the processes that are started in here leave their last words in a file; see `heard_from`."""
+def last_words(folder: Path) -> Iterator[Path]:
+    """Let the processes that are started in here leave their last words in a folder; yields the file, see `heard_from`.
+
+    They end when this process does, however it ends.
+    """
+    file = folder / str(os.getpid())
     os.environ[LAST_WORDS] = str(file)
     try:
-        yield
+        yield file
     finally:
         del os.environ[LAST_WORDS]
 

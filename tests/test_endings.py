@@ -143,14 +143,12 @@ def test_the_machines_refusals_are_one_line(error, said, capsys):
 
 
 def test_last_words_go_to_whoever_asked_for_them(tmp_path, capsys):
-    file = tmp_path / "words"
-
     def command():
         stop = Interrupted(signal.SIGTERM)
         stop.add_note("3 answers kept")
         raise stop
 
-    with last_words(file):
+    with last_words(tmp_path) as file:
         assert ended(command, capsys) == (143, "")
     assert LAST_WORDS not in os.environ
     assert heard_from(file) == ["3 answers kept"]
@@ -229,7 +227,7 @@ def test_a_signal_while_importing_is_one_line(number, code):
         assert process.poll() is None
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (code, "", "interrupted\n")
+    assert (process.returncode, out, err) == (code, "", "interrupted: nothing had begun\n")
 
 
 def test_children_do_not_hear_ctrl_c():

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -183,7 +183,7 @@ def stream(pictures: Pictures, sources: Iterable[Source], workers: int) -> Itera
     sampler: Any = sources
     ahead["pin_memory"] = torch.cuda.is_available()
     loader = DataLoader(pictures, batch_size=None, sampler=sampler, num_workers=workers, **ahead)
-    with deaf_children(), _ended_workers_said():
+    with deaf_children() if workers else nullcontext(), _ended_workers_said():
         iterator = iter(loader)
     while True:
         with _ended_workers_said():

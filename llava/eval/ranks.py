@@ -95,10 +95,10 @@ class Ranks:
         """Leave the run; after an error the launcher stops the others.
 
         Raises:
-            SystemExit: another process says it: the one that stopped with the same `InputError` before, or of an
-                interrupted run the first.
+            SystemExit: another process says why: the one that stopped first with an error of the user's or the machine's,
+                or of an interrupted run the first.
         """
-        said = isinstance(error, InputError) and self.count(f"said {error}", 1) > 1
+        said = isinstance(error, InputError | OSError) and self.count("said", 1) > 1
         if dist.is_initialized():
             dist.destroy_process_group()
         if said:
