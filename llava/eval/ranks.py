@@ -95,8 +95,8 @@ class Ranks:
         """Leave the run; after an error the launcher stops the others.
 
         Raises:
-            SystemExit: another process says why: the one that stopped first with an error of the user's or the machine's,
-                or of an interrupted run the first.
+            SystemExit: another process says why: the one that stopped first with an error of the user's or of the
+                machine's, or of an interrupted run the first.
         """
         said = isinstance(error, InputError | OSError) and self.count("said", 1) > 1
         if dist.is_initialized():
