@@ -8,6 +8,10 @@ from typing import Any, NoReturn
 
 from llava.compress import available
 from llava.constants import InputError
+from llava.endings import run_command as run_command
+from llava.output import check_output as check_output
+from llava.output import draft_of as draft_of
+from llava.output import write_whole as write_whole
 
 
 def disable_torch_init() -> None:
@@ -142,15 +146,7 @@ def save_figure(figure: Any, output: Path) -> None:
         InputError: the file cannot be written.
     """
     try:
-        figure.savefig(output, dpi=150)
-    except (OSError, ValueError) as error:
+        with draft_of(output) as draft:
+            figure.savefig(draft, dpi=150, format=output.suffix[1:] or "png")
+    except ValueError as error:  # there is no such format
         raise InputError(f"cannot write the picture {str(output)!r} ({error}); give another name") from error
-
-
-def run_command(command: Callable[[], None]) -> None:
-    """Run a command line's body; an `InputError` becomes one line on stderr and exit code 2."""
-    try:
-        command()
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None

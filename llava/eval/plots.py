@@ -5,6 +5,7 @@ against a field of a method, such as τ (`temperature`) or α (`alpha`) of Globa
 """
 
 import ast
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 
 from llava.compress import get
 from llava.constants import InputError
+from llava.eval.cells import Key
 from llava.eval.published import UPPER
-from llava.eval.table import Key, add_run_arguments, collect, compare
+from llava.eval.runs import add_run_arguments, collect
+from llava.eval.table import compare
 from llava.utils import OneLineParser, new_figure, run_command, save_figure
 
 Curves = dict[str, list[tuple[float, float]]]
@@ -21,7 +24,13 @@ Curves = dict[str, list[tuple[float, float]]]
 
 
 def against_ratio(rows: Mapping[Key, Mapping[str, Any]]) -> Curves:
-    """Return a curve for every method; all end at the upper bound."""
+    """Return a curve for every method; all end at the upper bound.
+
+    Raises:
+        InputError: there is no upper bound.
+    """
+    if UPPER not in rows or rows[UPPER]["average"] is None:
+        raise InputError("no run has an upper bound to be drawn against; run METHOD=none as well")
     curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for (method, ratio), row in rows.items():
         if row["average"] is not None and 0 < ratio < 1:
@@ -79,7 +88,9 @@ def main() -> None:
     parser.add_argument("--field", help="draw against this field of a method instead of the ratio")
     parser.add_argument("--log", action="store_true", help="logarithmic x axis")
     args = parser.parse_args()
-    rows = compare(collect(args.root, args.data or args.root, args.model_path))
+    found = collect(args.root, args.data or args.root, args.model_path, args.cells)
+    sys.stderr.write("".join(f"note: {note}\n" for note in found.notes))
+    rows = compare(found)
     curves = against_field(rows, args.field) if args.field else against_ratio(rows)
     draw(curves, args.field or "retention ratio (%)", args.output, args.log)
     print(args.output)

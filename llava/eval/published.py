@@ -3,7 +3,10 @@
 Columns: VQAv2, GQA, VizWiz, ScienceQA (image questions), TextVQA, POPE, MME perception, MMBench, MMBench-CN, MM-Vet.
 """
 
+import re
+
 from llava.efficiency import paper as efficiency
+from llava.eval import benchmarks
 
 COLUMNS = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmbench_cn", "mmvet")
 TITLES = ("VQAv2", "GQA", "VizWiz", "SQA", "VQA^T", "POPE", "MME", "MMB", "MMB-CN", "MM-Vet")
@@ -50,3 +53,33 @@ TIMES = {
     for table in efficiency.TABLES
     for row in table.rows
 }
+
+
+def columns() -> list[str]:
+    """Return the benchmarks as columns of a table: the paper's ten in its order, then all others that there are."""
+    return [*COLUMNS, *(name for name in benchmarks.available() if name not in COLUMNS)]
+
+
+def title(benchmark: str) -> str:
+    """Return the head of a benchmark's column: the paper's, else its name."""
+    return dict(zip(COLUMNS, TITLES, strict=True)).get(benchmark, benchmark)
+
+
+def size_of(model_path: str) -> str | None:
+    """Return the size of a model of the paper, known by its path; None: another model."""
+    found = re.search(r"(?:next|v1\.6).*?(7b|13b)", model_path.lower())
+    return found[1] if found else None
+
+
+def figures(model_path: str, key: tuple[str, float]) -> dict[str, float]:
+    """Return what the paper prints for a model, method and ratio.
+
+    Returns:
+        benchmark -> score, `average` in percent, and `seconds` for MME where it is printed; empty: no such row.
+    """
+    size = size_of(model_path)
+    row = TABLES[size].get(key) if size else None
+    if row is None:
+        return {}
+    time = TIMES.get((key, str(size)))
+    return dict(zip((*COLUMNS, "average"), row, strict=True)) | ({} if time is None else {"seconds": float(time)})

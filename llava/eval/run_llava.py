@@ -24,6 +24,7 @@ from llava.constants import (
     InputError,
 )
 from llava.conversation import check_template, conv_templates, template_name
+from llava.eval.start import start_line
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.utils import (
     OneLineParser,
@@ -106,6 +107,7 @@ def eval_model(args: Any) -> None:
     if processor is None:
         raise InputError(f"{args.model_path!r} is a language model without vision; give a LLaVA checkpoint")
     model.method = method
+    sys.stderr.write(start_line(args, model))
     trace = Trace()
     sampling = args.temperature > 0
     answer = ask(

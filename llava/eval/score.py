@@ -89,7 +89,8 @@ def as_text(summary: dict[str, Any]) -> str:
         lines.append(f"  paired over {difference['n']} questions, against {difference['against']}")
         if difference["unshared"]:
             lines.append(f"note: {difference['unshared']} questions are answered in one file only and not compared")
-        lines += [f"note: {difference['against']}: {note}" for note in difference["notes"]]
+        other = [note for note in difference["notes"] if note not in summary["notes"]]
+        lines += [f"note: {difference['against']}: {note}" for note in other]
     return "\n".join([*lines, *(f"note: {note}" for note in summary["notes"])])
 
 

@@ -18,7 +18,7 @@ from llava.compress.base import Compressor
 from llava.compress.trace import Trace
 from llava.eval import benchmarks, grid
 from llava.eval.benchmarks.base import Result, Row, read_jsonl
-from llava.eval.table import collect
+from llava.eval.runs import collect
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.pocket.questions import UNANSWERABLE
@@ -181,7 +181,7 @@ def controls(model_path: str, data: Path, out: Path, words: Sequence[str] = ()) 
     ):
         given = ["--model-path", model_path, "--data", str(folder), "--out", str(out / folder.name)]
         grid.run(grid.build_parser().parse_args([*given, "--methods", method, *words]))
-        runs = collect(out / folder.name, folder, model_path)
+        runs = collect(out / folder.name, folder, model_path).runs
         found[name] = {run.benchmark: percent(run.result) for run in runs if run.key[0] == method}
         found[name]["mean"] = sum(found[name].values()) / len(found[name])
         answers = next((out / folder.name / "vizwiz").glob(f"{method}-*.jsonl"))

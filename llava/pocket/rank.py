@@ -6,6 +6,7 @@ with replacement, each with all questions of all tasks about it; two methods are
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from llava.constants import InputError
 from llava.eval.benchmarks._mmbench import ROTATION
 from llava.eval.benchmarks.base import read_jsonl
 from llava.eval.benchmarks.pope import judge
+from llava.eval.cells import OWN, Key
 from llava.eval.intervals import LEVEL, RESAMPLES, Interval
 from llava.eval.published import COLUMNS, UPPER
-from llava.eval.table import OWN, Key, Run, add_run_arguments, collect
+from llava.eval.runs import Run, add_run_arguments, collect
 from llava.pocket.gates import percent
 from llava.utils import OneLineParser, run_command
 
@@ -64,7 +66,7 @@ def add_up(runs: Sequence[Run], data: Path) -> dict[Key, Sums]:
     scenes = 1 + max(one["scene"] for task in truth.values() for one in task.values())
     found: dict[Key, Sums] = {}
     complete: dict[Key, set[str]] = {}
-    for run in runs:
+    for run in (run for run in runs if run.benchmark in COLUMNS):  # there may be more benchmarks than tasks
         sums = found.setdefault(run.key, np.zeros((len(COLUMNS), scenes, 2)))
         complete.setdefault(run.key, set()).add(run.benchmark)
         for key, value in per_question(run, data).items():
@@ -155,7 +157,9 @@ def main() -> None:
     """Run the command."""
     args = build_parser().parse_args()
     data = args.data or args.root
-    found = add_up(collect(args.root, data, args.model_path), data)
+    collected = collect(args.root, data, args.model_path, args.cells)
+    sys.stderr.write("".join(f"note: {note}\n" for note in collected.notes))
+    found = add_up(collected.runs, data)
     if not args.json:
         print(as_markdown(found, args.against))
         return

@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from transformers import CLIPImageProcessorPil
 from llava.compress import get
 from llava.constants import InputError
 from llava.eval.run_llava import build_prompt
+from llava.interrupts import deaf_children
 from llava.mm_utils import process_images
 from llava.model.builder import load_tokenizer
 from llava.model.miniature import write_tokenizer
@@ -150,7 +152,8 @@ class Conversations(Dataset[Conversation]):
 def loader(data: Dataset[Any], workers: int) -> Iterator[Any]:
     """Yield a dataset's batches in order, made by worker processes that keep ahead."""
     kept: dict[str, Any] = {"multiprocessing_context": "forkserver", "prefetch_factor": 4} if workers else {}
-    return iter(DataLoader(data, batch_size=None, num_workers=workers, **kept))
+    with deaf_children() if workers else nullcontext():
+        return iter(DataLoader(data, batch_size=None, num_workers=workers, **kept))
 
 
 class Optimizer:

@@ -83,7 +83,7 @@ def test_pope_says_what_is_amiss_on_stderr(tmp_path: Path, capsys: pytest.Captur
     results = write_lines(tmp_path / "a.jsonl", answer("pope", data, ["No"])[:2])
     flags = ["--annotation-dir", data / "coco", "--question-file", data / "llava_pope_test.jsonl"]
     eval_pope.main([str(value) for value in (*flags, "--result-file", results)])
-    assert "questions have no answer" in capsys.readouterr().err
+    assert "questions have an answer" in capsys.readouterr().err
 
 
 def test_pope_with_the_authors_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from llava.eval import answer, benchmarks, grid, table
+from llava.eval.cells import OWN, cells, read_cells
+from llava.eval.runs import collect
 from llava.pocket.write import write_benchmarks
 from tests.conftest import Command
 from tests.pocket import tiny
@@ -128,8 +130,8 @@ def test_another_ratio_adds_its_cells_only(made: Path, data: Path, run: Run, tmp
 
 
 def test_the_table_takes_the_answers(made: Path, checkpoint: Path, data: Path) -> None:
-    found = table.compare(table.collect(made, data, str(checkpoint)))
-    assert list(found) == [("none", 1.0), ("globalcom2", 0.5), ("uniform", 0.5), ("thumbnail_only", table.OWN)]
+    found = table.compare(collect(made, data, str(checkpoint)))
+    assert list(found) == [("none", 1.0), ("globalcom2", 0.5), ("uniform", 0.5), ("thumbnail_only", OWN)]
     for row in found.values():
         assert set(row["scores"]) == set(NAMES)
         assert row["n"] == {name: 1 if name == "mmbench_cn" else LIMIT for name in NAMES}, "MMBench asks four times"
@@ -138,18 +140,66 @@ def test_the_table_takes_the_answers(made: Path, checkpoint: Path, data: Path) -
 
 
 def test_what_cannot_be_reached_is_left_out_and_said(run: Run, tmp_path: Path, data: Path, checkpoint: Path) -> None:
-    """With one of two layers before it FastV keeps more than a tenth; what fails for other reasons stops the grid."""
+    """With one of two layers before it FastV keeps more than a tenth; which is no failure."""
     given = ["--benchmarks", "textvqa", "gqa", "--limit", 2, "--methods", "fastv(layer=1)", "uniform"]
     code, out, err = run(tmp_path, *given, "--ratios", 0.75, 0.1)
     assert (code, out) == (0, "")
     left = [line for line in err.splitlines() if "left out" in line]
     assert [line.split()[:3] for line in left] == [[name, "fastv(layer=1)", "0.10"] for name in ("textvqa", "gqa")]
     assert all("ask for at least 50.00%" in line for line in left)
-    found = table.compare(table.collect(tmp_path, data, str(checkpoint)))
+    found = table.compare(collect(tmp_path, data, str(checkpoint)))
     assert list(found) == [("none", 1.0), ("fastv(layer=1)", 0.75), ("uniform", 0.75), ("uniform", 0.1)]
-    code, _, err = run(tmp_path / "other", *given[:-2], "fastv(layer=9)", "--ratios", 0.75)
-    assert code == 2
-    assert "lower layer" in err.splitlines()[-1]
+
+
+def test_a_cell_that_fails_stops_no_other_and_is_missing_in_the_table(
+    run: Run, tmp_path: Path, data: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for a reason that is said, one for a bug; the question file of another benchmark is not there."""
+    own = tmp_path / "data"
+    own.mkdir()
+    (own / "textvqa").symlink_to(data / "textvqa")
+    answered = answer.run
+
+    def broken(args: Any) -> Any:
+        if args.method == "random":
+            raise ZeroDivisionError("a bug")
+        return answered(args)
+
+    monkeypatch.setattr(answer, "run", broken)
+    cells = tmp_path / "cells.tsv"
+    given = ["--benchmarks", "textvqa", "gqa", "--limit", 2, "--data", own, "--cells", cells]
+    code, out, err = run(tmp_path / "out", *given, "--methods", "fastv(layer=9)", "random", "uniform", "--ratios", 0.75)
+    assert (code, out) == (2, "")
+    failed = [(line.split()[0], line.split()[1]) for line in err.splitlines() if " failed: " in line]
+    methods = ("none", "fastv(layer=9)", "random", "uniform")
+    assert failed == [*(("textvqa", method) for method in methods[1:3]), *(("gqa", method) for method in methods)]
+    assert "ZeroDivisionError: a bug" in err
+    assert err.splitlines()[-1] == "error: 6 of 8 cells failed, for the reasons above; the others are answered"
+    assert len(read_cells(cells)) == 8
+    code, out, _ = command(table.main, "--root", tmp_path / "out", "--data", own, "--cells", cells)
+    assert code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.split()[:1] and "note" not in line}
+    assert rows["fastv(layer=9)"][:3] == ["missing"] * 2
+    assert rows["uniform"][0] == "missing"
+    assert "missing" not in rows["uniform"][1:]
+    assert out.count("gqa with") == 2, "a note for the missing questions, another for the bug"
+
+
+def test_questions_that_cannot_be_asked_end_in_exit_code_3(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = {"questions": 5, "seconds": 0.0, "errors": ["x.jpg: unreadable"]}
+    monkeypatch.setattr(answer, "run", lambda args: done)
+    code, _, err = run(tmp_path, "--benchmarks", "gqa", "--methods", "none")
+    assert (code, err.count("1 could not be asked")) == (3, 1)
+
+
+def test_a_sample_is_part_of_the_words_and_of_the_name(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    given = ["--model-path", str(checkpoint), "--data", str(data), "--out", str(tmp_path), "--sample", "7"]
+    args = grid.build_parser().parse_args(given)
+    cell = answer.parse(list(grid.words(args, "gqa", "uniform", 0.5)))
+    assert (cell.sample, cell.limit) == (7, None)
+    assert Path(cell.answers_file).name == "uniform-0.5-sample7.jsonl"
 
 
 def test_all_ten_by_default(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +225,7 @@ def test_all_ten_by_default(run: Run, tmp_path: Path, monkeypatch: pytest.Monkey
     ],
 )
 def test_cells_come_once_after_the_upper_bound(methods: Any, ratios: Any, wanted: Any) -> None:
-    assert grid.cells(methods, ratios) == wanted
+    assert cells(methods, ratios) == wanted
 
 
 def test_methods_with_other_fields_have_files_of_their_own(checkpoint: Path, data: Path, tmp_path: Path) -> None:
@@ -200,6 +250,8 @@ def test_methods_with_other_fields_have_files_of_their_own(checkpoint: Path, dat
         (["--ratios", "nan"], "nan"),
         (["--ratios", "half"], "half"),
         (["--limit", "0"], "0"),
+        (["--sample", "0"], "0"),
+        (["--sample", "3"], "not allowed with"),
         (["--model-path", "/nonexistent/model"], "/nonexistent/model"),
         (["--data", "/nonexistent/data"], "/nonexistent/data"),
     ],

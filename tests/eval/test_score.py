@@ -52,7 +52,7 @@ def test_json_and_the_default_folder(
     assert (summary["scored"], summary["headline"], summary["n"]) == ("local", "accuracy", 8)
     assert summary["value"] == summary["metrics"]["accuracy"] == summary["interval"]["value"]
     assert summary["interval"]["low"] <= summary["value"] <= summary["interval"]["high"]
-    assert summary["notes"] == ["4 of 12 questions have no answer; the score is over the others"]
+    assert summary["notes"] == ["8 of 12 questions have an answer; the score is over these"]
 
 
 def test_against(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

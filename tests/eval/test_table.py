@@ -1,12 +1,18 @@
-"""The table: the paper's own averages from its own scores, and refusal to compare what is not comparable."""
+"""The table: the paper's own averages from its own scores, and a table whatever stands beside the runs."""
 
+import csv
+import io
 import json
+from pathlib import Path
 
 import pytest
 
 from llava.constants import InputError
-from llava.eval import benchmarks, table
+from llava.eval import benchmarks, published, table
+from llava.eval.benchmarks.base import Result
+from llava.eval.cells import OWN, Cell, append_cell, method_key, read_cells
 from llava.eval.published import COLUMNS, TABLES, TIMES, TITLES, UPPER
+from llava.eval.runs import Found, collect
 from tests.eval.data import write_benchmark
 
 
@@ -19,11 +25,14 @@ def test_published_averages_follow_from_published_scores(size):
         assert mean == pytest.approx(average, abs=0.051), key
 
 
-def test_columns_are_the_ten_benchmarks():
-    assert sorted(COLUMNS) == benchmarks.available()
+def test_columns_are_the_papers_ten_and_then_whatever_else_is_registered(monkeypatch):
+    assert set(COLUMNS) <= set(benchmarks.available())
     assert len(TITLES) == len(COLUMNS) == 10
     assert all(len(row) == 11 for rows in TABLES.values() for row in rows.values())
     assert all(key in TABLES[size] for key, size in TIMES)
+    monkeypatch.setattr(benchmarks, "available", lambda: sorted([*COLUMNS, "abench", "zbench"]))
+    assert published.columns() == [*COLUMNS, "abench", "zbench"]
+    assert [published.title(name) for name in ("textvqa", "zbench")] == ["VQA^T", "zbench"]
 
 
 @pytest.mark.parametrize(
@@ -31,13 +40,13 @@ def test_columns_are_the_ten_benchmarks():
     [
         ("none(retention_ratio=0.25)", ("none", 1.0)),
         ("globalcom2(retention_ratio=0.25)", ("globalcom2", 0.25)),
-        ("tome(r=5)", ("tome(r=5)", table.OWN)),
-        ("ficoco_l(retention_ratio=0.25, r=5)", ("ficoco_l(r=5)", table.OWN)),  # as once recorded
+        ("tome(r=5)", ("tome(r=5)", OWN)),
+        ("ficoco_l(retention_ratio=0.25, r=5)", ("ficoco_l(r=5)", OWN)),  # as once recorded
         ("globalcom2(retention_ratio=0.1, profile='released')", ("globalcom2(profile='released')", 0.1)),
     ],
 )
 def test_recorded_methods_are_told_apart(spec, key):
-    assert table.method_key(spec) == key
+    assert method_key(spec) == key
 
 
 @pytest.mark.parametrize(
@@ -50,7 +59,12 @@ def test_recorded_methods_are_told_apart(spec, key):
     ],
 )
 def test_published_figures_stand_beside_the_papers_models_only(path, size):
-    assert table.published_table(path) == (TABLES[size] if size else {})
+    assert published.size_of(path) == size
+    found = published.figures(path, ("globalcom2", 0.25))
+    assert (found.get("gqa"), found.get("average")) == {"7b": (61.4, 96.9), "13b": (62.7, 95.9), None: (None, None)}[
+        size
+    ]
+    assert published.figures(path, ("globalcom2(alpha=0.0)", 0.25)) == {}
 
 
 @pytest.fixture
@@ -87,7 +101,7 @@ def results(tmp_path):
 def test_scores_differences_and_averages(results):
     results("upper", "none(retention_ratio=0.25)", 16)
     root, data = results("quarter", "globalcom2(retention_ratio=0.25)", 12)
-    rows = table.compare(table.collect(root, data))
+    rows = table.compare(collect(root, data))
     assert list(rows) == [UPPER, ("globalcom2", 0.25)]
     assert rows[UPPER]["scores"]["gqa"] == pytest.approx(80)
     row = rows["globalcom2", 0.25]
@@ -103,23 +117,25 @@ def test_scores_differences_and_averages(results):
     assert "75.0% of 1" in text
 
 
-@pytest.mark.parametrize("changed", [{"questions": "other"}, {"conv_mode": "llava_v1"}, {"benchmark": "pope"}])
-def test_without_an_upper_bound_of_the_same_configuration_it_refuses(results, changed):
-    if "benchmark" in changed:
-        root, data = results("quarter", "globalcom2(retention_ratio=0.25)", 12)
-    else:
-        results("upper", "none(retention_ratio=0.25)", 16, **changed)
-        root, data = results("quarter", "globalcom2(retention_ratio=0.25)", 12)
-    with pytest.raises(InputError, match="no upper bound"):
-        table.compare(table.collect(root, data))
+@pytest.mark.parametrize("changed", [{"questions": "other"}, {"conv_mode": "llava_v1"}, {"model": "other files"}])
+def test_without_an_upper_bound_of_the_same_configuration_there_is_a_score_and_a_note(results, changed, tmp_path):
+    results("upper", "none(retention_ratio=0.25)", 16, **changed)
+    root, data = results("quarter", "globalcom2(retention_ratio=0.25)", 12)
+    found = collect(root, data, cells=listed(tmp_path, root))
+    rows = table.compare(found)
+    assert rows["globalcom2", 0.25]["scores"] == {"gqa": pytest.approx(60)}
+    assert (rows["globalcom2", 0.25]["differences"], rows["globalcom2", 0.25]["average"]) == ({}, None)
+    (note,) = [note for note in table.remarks(found) if "no upper bound" in note]
+    assert note.startswith("gqa with globalcom2 at 0.25: no upper bound of the same configuration")
 
 
 def test_models_are_not_mixed(results):
     results("upper", "none()", 16)
     root, data = results("other", "none()", 16, model_path="somewhere/else")
     with pytest.raises(InputError, match="several models"):
-        table.collect(root, data)
-    assert len(table.collect(root, data, "somewhere/else")) == 1
+        collect(root, data)
+    assert len(collect(root, data, "somewhere/else").runs) == 1
+    assert len(collect(root, data, "./somewhere/../somewhere/else/").runs) == 1, "another spelling"
 
 
 def test_command(results, command):
@@ -129,29 +145,190 @@ def test_command(results, command):
     found = json.loads(out)
     assert code == 0
     assert [row["retention_ratio"] for row in found["rows"]] == [1.0, 0.25]
-    assert found["rows"][1]["published"][1] == 61.4
+    assert found["rows"][1]["published"]["gqa"] == 61.4
+    assert found["columns"] == ["gqa"]
     assert command(table.main, "--root", root / "nosuch")[0] == 2
 
 
-def test_two_files_that_answer_the_same_are_told(results):
-    """A run with --limit beside a whole one: which one a table means cannot be guessed."""
+def listed(folder: Path, root: Path, *more: Cell) -> Path:
+    """A grid's list of all runs under a folder."""
+    file = folder / "cells.tsv"
+    for answers in sorted(root.rglob("*.jsonl")):
+        append_cell(file, Cell("gqa", "globalcom2", "0.25", "", answers))
+    for cell in more:
+        append_cell(file, cell)
+    return file
+
+
+def shorten(file: Path, number: int) -> None:
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:number]))
+
+
+def test_what_stands_beside_the_runs_of_a_grid_is_a_note(results, tmp_path, command):
+    """A run with a limit, another method, damaged records and answers, and cells that failed or are not there yet."""
+    results("upper", "none()", 16)
+    root, data = results("quarter", "globalcom2(retention_ratio=0.25)", 12)
+    failed = Cell("pope", "globalcom2", "0.25", "released", root / "pope.jsonl", "exit code 2")
+    cells = listed(tmp_path, root, failed, Cell("gqa", "uniform", "0.5", "", root / "u" / "u.jsonl"))
+    for name in ("upper", "quarter"):
+        for file in (root / name).glob("a.jsonl*"):
+            file.with_name(file.name.replace("a.jsonl", "a-first8.jsonl")).write_bytes(file.read_bytes())
+        shorten(root / name / "a-first8.jsonl", 8)
+    (root / "quarter" / "b.jsonl").write_text("{")
+    (root / "quarter" / "b.jsonl.config.json").write_text("[0, 1")
+    code, out, err = command(table.main, "--root", root, "--data", data, "--cells", cells)
+    assert (code, err) == (0, "")
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    text = out.split("note: ")[0]
+    assert "-20.0 [" in text
+    assert "missing" in text
+    assert notes[0] == "note: missing: pope with globalcom2(profile='released') at 0.25 (exit code 2)"
+    assert notes[1] == "note: missing: gqa with uniform at 0.5 (no finished answers)"
+    (beside,) = notes[2:]
+    assert beside.startswith("note: not of this grid: ")
+    for name in ("upper/a-first8.jsonl", "quarter/a-first8.jsonl", "quarter/b.jsonl"):
+        assert str(root / name) in beside
+
+
+def test_without_a_list_the_largest_run_with_an_upper_bound_is_taken(results):
+    results("upper", "none()", 16)
+    results("quarter", "globalcom2(retention_ratio=0.25)", 12)
+    results("half", "globalcom2(retention_ratio=0.5)", 12)
+    root, data = results("many", "uniform(retention_ratio=0.5)", 12)
+    for name in ("upper", "quarter"):
+        shorten(root / name / "a.jsonl", 10)
+    found = collect(root, data)
+    assert [run.key for run in found.runs] == [("globalcom2", 0.25), UPPER]
+    (note,) = found.notes
+    assert note.startswith("left out of gqa, which is over runs of one configuration with 10 answers: ")
+    assert str(root / "half" / "a.jsonl") in note
+    assert str(root / "many" / "a.jsonl") in note
+
+
+def test_two_files_that_answer_the_same_are_one_row_and_a_note(results):
     results("upper", "none(retention_ratio=0.25)", 16)
     root, data = results("again", "none(retention_ratio=0.5)", 12)
-    with pytest.raises(InputError, match="are both gqa with none at 1; move one elsewhere"):
-        table.collect(root, data)
+    found = collect(root, data)
+    assert [run.answers.parent.name for run in found.runs] == ["again"]
+    (note,) = found.notes
+    assert note == f"left out: {root}/upper/a.jsonl is gqa with none at 1 like {root}/again/a.jsonl"
 
 
-def test_a_run_is_compared_with_an_upper_bound_of_as_many_answers(results):
-    root, data = results("upper", "none(retention_ratio=0.25)", 16)
-    results("quarter", "globalcom2(retention_ratio=0.25)", 12)
-    file = root / "upper" / "a.jsonl"
-    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:10]))
-    with pytest.raises(InputError, match="no upper bound with 20 answers"):
-        table.compare(table.collect(root, data))
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", "nonsense"),
+        ("a.jsonl", '{"question_id": 1}'),
+        ("a.jsonl", '{"question_id": 987, "text": "x", "metadata": 5}'),
+        ("a.jsonl.config.json", "{"),
+        ("a.jsonl.config.json", "[]"),
+        ("a.jsonl.config.json", '{"benchmark": "gqa", "model_path": "x", "method": "globalcom9()"}'),
+        ("a.jsonl.config.json", '{"benchmark": "gqa", "model_path": "liuhaotian/llava-next-7b", "method": "((("}'),
+        ("a.jsonl.config.json", '{"benchmark": "abench", "method": "none()"}'),
+        ("a.jsonl.config.json", "\x00"),
+    ],
+)
+@pytest.mark.parametrize("with_list", [False, True])
+def test_an_unreadable_run_costs_itself_alone(results, tmp_path, name, content, with_list):
+    results("upper", "none()", 16)
+    root, data = results("quarter", "globalcom2(retention_ratio=0.25)", 12)
+    (root / "quarter" / name).write_text(content)
+    found = collect(root, data, cells=listed(tmp_path, root) if with_list else None)
+    assert [run.key for run in found.runs] == [UPPER]
+    assert len(found.notes) + len(found.missing) == 1
+    assert all("\n" not in note for note in [*found.notes, *found.missing.values()])
+    assert "80.0" in table.as_text(table.compare(found), "x")
+
+
+def test_a_damaged_summary_costs_the_time_alone(results):
+    root, data = results("upper", "none()", 16)
+    (root / "upper" / "a.jsonl.summary.json").write_text('{"seconds": []}')
+    (run,) = collect(root, data).runs
+    assert (run.seconds, run.value) == (None, 80)
+
+
+def test_columns_and_notes_are_there_once(results):
+    """Three benchmarks of ten, of which one is scored elsewhere; the number of answers is said once."""
+    results("upper", "none()", 16)
+    root, data = results("quarter", "globalcom2(retention_ratio=0.25)", 12)
+    for name in ("upper", "quarter"):
+        shorten(root / name / "a.jsonl", 8)
+    found = collect(root, data)
+    text = table.as_text(table.compare(found), "liuhaotian/llava-next-7b")
+    heads = [line.split() for line in text.splitlines() if "Average" in line]
+    assert heads == [["GQA", "Average"]] * 2
+    assert [note for note in table.remarks(found) if " of 20" in note] == [
+        "gqa: 8 of 20 questions have an answer; the score is over these"
+    ]
+
+
+def test_what_is_scored_elsewhere_and_what_has_no_score_are_told_apart(results):
+    root, data = results("upper", "none()", 16)
+    (run,) = collect(root, data).runs
+    for scored, shown in (("server", "server"), ("local", "-")):
+        bare = Result(benchmark="gqa", metrics={}, headline="accuracy", n=1, scored=scored)
+        rows = table.compare(Found([type(run)(listed=run.listed, result=bare, pictures={}, seconds=None)]))
+        assert table.layout(rows, "x")[1][0][1][0] == ["none", shown]
+
+
+def test_markdown(results, command):
+    results("upper", "none()", 16)
+    root, data = results("quarter", "globalcom2(retention_ratio=0.25)", 12)
+    code, out, _ = command(table.main, "--root", root, "--data", data, "--markdown")
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    assert code == 0
+    assert len({line.count("|") for line in lines}) == 1
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["R", "", "GQA", "Average"]
+    assert [row[:2] for row in cells[2:]] == [
+        ["1", "`none`"], ["", "published"], ["0.25", "`globalcom2`"], ["", "difference"], ["", "published"],
+    ]  # fmt: skip
+    assert cells[4][2:] == ["60.0", "75.0% of 1"]
+    assert cells[6][2] == "61.4"
+
+
+def test_csv(results, command):
+    results("upper", "none()", 16)
+    root, data = results("quarter", "globalcom2(retention_ratio=0.25)", 12)
+    code, out, err = command(table.main, "--root", root, "--data", data, "--csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert (code, err) == (0, "")
+    assert [(r["method"], r["retention_ratio"], r["benchmark"]) for r in rows] == [
+        (method, ratio, name)
+        for method, ratio in (("none", "1.0"), ("globalcom2", "0.25"))
+        for name in ("gqa", "average")
+    ]
+    quarter = rows[2]
+    assert (quarter["n"], float(quarter["score"]), quarter["published"], quarter["state"]) == ("20", 60, "61.4", "ok")
+    assert float(quarter["low"]) < float(quarter["difference"]) == -20 < float(quarter["high"]) <= 0
+    assert command(table.main, "--root", root, "--csv", "--markdown")[0] == 2
 
 
 def test_a_run_without_an_answer_yet_is_left_out(results):
     results("upper", "none(retention_ratio=0.25)", 16)
     root, data = results("quarter", "globalcom2(retention_ratio=0.25)", 12)
     (root / "quarter" / "a.jsonl").write_text("")
-    assert [run.key for run in table.collect(root, data)] == [UPPER]
+    assert [run.key for run in collect(root, data).runs] == [UPPER]
+
+
+def test_no_run_at_all_says_why(results, tmp_path):
+    root, data = results("upper", "none()", 16)
+    cells = tmp_path / "cells.tsv"
+    append_cell(cells, Cell("gqa", "none", "1.0", "", root / "upper" / "a.jsonl", "out of\nmemory"))
+    with pytest.raises(InputError, match=r"no finished answers of .*: out of memory"):
+        collect(root, data, cells=cells)
+
+
+def test_the_last_word_about_a_cell_counts(tmp_path):
+    file = tmp_path / "cells.tsv"
+    for why in ("", "exit code 2"):
+        append_cell(file, Cell("gqa", "tome(r=5)", "0.25", "", tmp_path / "a.jsonl", why))
+    (cell,) = read_cells(file)
+    assert (cell.failed, cell.key) == ("exit code 2", ("tome(r=5)", OWN))
+    assert Cell("gqa", "globalcom9", "0.25", "", tmp_path).key == ("globalcom9", OWN)
+    assert Cell("gqa", "globalcom2", "0.5", "paper", tmp_path).key == ("globalcom2(profile='paper')", 0.5)
+    file.write_text("gqa\tnone\n")
+    with pytest.raises(InputError, match="line 1 is no cell"):
+        read_cells(file)
+    with pytest.raises(InputError, match="cannot read the list of cells"):
+        read_cells(tmp_path / "nosuch")

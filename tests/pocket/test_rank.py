@@ -12,7 +12,7 @@ from llava.constants import InputError
 from llava.eval import benchmarks
 from llava.eval.benchmarks.mme import Picture
 from llava.eval.published import COLUMNS, UPPER
-from llava.eval.table import collect
+from llava.eval.runs import collect
 from llava.pocket import rank
 from llava.pocket.gates import percent
 from llava.pocket.rank import add_up, as_markdown, compare, per_question, scene_of
@@ -47,7 +47,7 @@ def answer(data: Path, tmp_path: Path) -> Any:
 
 
 def found_in(root: Path, data: Path) -> Any:
-    return add_up(collect(root, data), data)
+    return add_up(collect(root, data).runs, data)
 
 
 def test_every_question_is_counted_under_its_scene(answer: Any, data: Path) -> None:
@@ -70,7 +70,7 @@ def test_every_question_is_counted_under_its_scene(answer: Any, data: Path) -> N
 @pytest.mark.parametrize("some", [lambda s: True, lambda s: s % 3 != 0, lambda s: s < 6])
 def test_a_methods_score_is_the_mean_of_the_gates(answer: Any, data: Path, some: Chosen) -> None:
     root = answer("none()", some)
-    runs = collect(root, data)
+    runs = collect(root, data).runs
     for run in runs:
         values = per_question(run, data).values()
         assert sum(values) / len(values) == pytest.approx(percent(run.result)), run.benchmark

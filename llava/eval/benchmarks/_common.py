@@ -26,7 +26,8 @@ class JsonlBenchmark(Benchmark):
 
         def make(row: Row) -> Question:
             extra = {name: row[name] for name in self.recorded if row.get(name) is not None}
-            return Question(id=row["question_id"], text=row["text"], image=row.get("image"), extra=extra)
+            told = {"text": row["text"], "image": row.get("image"), "category": str(row.get("category") or "")}
+            return Question(id=row["question_id"], extra=extra, **told)
 
         yield from make_questions(file, read_jsonl(file), self.layout, make)
 
@@ -160,7 +161,7 @@ def latest(rows: Sequence[Row], key: Callable[[Row], Any] = by_id) -> tuple[dict
 
 
 def gaps(labelled: int, scored: int, unknown: int) -> list[str]:
-    """Say how many labelled questions have no answer, and how many answers no label; neither enters the score.
+    """Say how many labelled questions have an answer, if not all, and how many answers no label; no other is scored.
 
     Raises:
         InputError: nothing is left to score.
@@ -169,7 +170,7 @@ def gaps(labelled: int, scored: int, unknown: int) -> list[str]:
         raise InputError("no answer belongs to a labelled question; check that --data and the answers are of one set")
     notes = []
     if scored < labelled:
-        notes.append(f"{labelled - scored} of {labelled} questions have no answer; the score is over the others")
+        notes.append(f"{scored} of {labelled} questions have an answer; the score is over these")
     if unknown:
         notes.append(
             f"{unknown} answers belong to no labelled question, or to one that has its answer, and are left out"

@@ -84,6 +84,10 @@ class MMBenchBase(Benchmark):
         for row in rows:
             yield from _ask(row, shown[int(row["index"])], suffix, bool(options.get("all_rounds")))
 
+    def unit(self, question: Question) -> int:
+        """Keep the rotations of a question together, all of which it takes to be right."""
+        return int(question.id) % ROTATION
+
     def score(self, rows: Sequence[Row], data: Path) -> Result:
         """Return circular and vanilla accuracy, and the circular one by category, from the table's answer column.
 
@@ -183,6 +187,7 @@ def _ask(row: Mapping[str, str], picture: Shown, suffix: str, all_rounds: bool) 
             data=data,
             prompt=text,
             extra=extra,
+            category=row.get("category", ""),
             error=picture.error,
         )
 

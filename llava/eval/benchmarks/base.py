@@ -1,6 +1,6 @@
 """What a benchmark is: where its questions come from, how they are asked, and what an answer is worth."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,6 +32,8 @@ class Question:
     """Further fields of the answers file's row."""
     error: str | None = None
     """Why it cannot be asked: its row in the answers file says so instead of an answer, and nothing else stops."""
+    category: str = ""
+    """Which part of the benchmark it belongs to, for samples that are spread over all parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,10 @@ class Benchmark:
             InputError: a line cannot be read; the message names file and line.
         """
         raise NotImplementedError
+
+    def unit(self, question: Question) -> Hashable:
+        """Return a key that questions which are scored as one share; None: this one is scored alone."""
+        return None
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:
         """Score answers against the labels under `data` (the benchmark's folder).

@@ -18,7 +18,7 @@ from llava.eval.benchmarks._common import (
     unambiguous,
 )
 from llava.eval.benchmarks._schema import read_text
-from llava.eval.benchmarks.base import SHORT_ANSWER, Result, Row
+from llava.eval.benchmarks.base import SHORT_ANSWER, Question, Result, Row
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -110,6 +110,10 @@ class MME(JsonlBenchmark):
         question_file: "2374 questions",
         image_folder: "a folder for each of the 14 categories, with pictures and <picture>.txt labels",
     }
+
+    def unit(self, question: Question) -> Picture:
+        """Keep the questions of a picture together, which acc+ wants both right."""
+        return picture(str(question.id))
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:
         """Return acc, acc+ and their sum of each category, and the sums over perception, cognition and all."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava.eval.benchmarks._common import latest, make_questions, mean, official, read_json
+from llava.eval.benchmarks._common import gaps, latest, make_questions, mean, official, read_json
 from llava.eval.benchmarks._schema import ANYTHING, ID, NAME_OR_NONE, TEXT, WHOLE, Every, Listed
 from llava.eval.benchmarks.base import LETTER, Benchmark, Question, Result, Row
 
@@ -19,7 +19,9 @@ ENTRY = {"id": ID, "conversations": Listed({"value": TEXT}, least=1), "image?": 
 PROBLEM = {"answer": WHOLE, "choices": Listed(TEXT)}
 """Layout of ScienceQA's account of a problem, as far as scores look at it."""
 LETTERS = ("A", "B", "C", "D", "E")
-FAILED, UNKNOWN = "FAILED", "Unknown"
+FAILED = "FAILED"
+# What upstream records as the prompt of a question without an answer.
+UNKNOWN = "Unknown"
 # The last dot stands for any character: "The answer is B" alone is not recognised.
 STATED = re.compile(r"The answer is ([A-Z]).")
 
@@ -122,23 +124,22 @@ def _verdict(key: str, problem: Mapping[str, Any], row: Row | None, letters: Seq
 
 def coverage(verdicts: Sequence[Verdict]) -> list[str]:
     """Say how many questions have no answer, and how many answers name no choice."""
-    notes = []
     missing = sum(verdict.prompt == UNKNOWN for verdict in verdicts)
-    if missing:
-        notes.append(
-            f"{missing} of {len(verdicts)} questions have no answer and count as wrong questions without a picture"
-        )
-    failed = sum(verdict.parsed == FAILED for verdict in verdicts) - missing
-    if failed:
-        notes.append(f"{failed} answers name no choice and count as wrong")
-    return notes
+    said = f"{missing} of {len(verdicts)} questions have no answer and count as wrong questions without a picture"
+    return [said] * bool(missing) + unread([verdict for verdict in verdicts if verdict.prompt != UNKNOWN])
+
+
+def unread(verdicts: Sequence[Verdict]) -> list[str]:
+    """Say how many answers name no choice."""
+    failed = sum(verdict.parsed == FAILED for verdict in verdicts)
+    return [f"{failed} answers name no choice and count as wrong"] * bool(failed)
 
 
 class ScienceQA(Benchmark):
     """Multiple-choice questions from school science.
 
-    As in upstream's script, a question without an answer, or whose row reports an error, is wrong in the accuracy over
-    all, and left out of the accuracy on questions with a picture, as only an answer's prompt says that there was one.
+    A question without an answer, or whose row reports an error, is counted and left out. Upstream's own script
+    (`llava.eval.eval_science_qa`) takes it for wrong and for one without a picture.
     """
 
     name = "scienceqa"
@@ -165,23 +166,25 @@ class ScienceQA(Benchmark):
             text = entry["conversations"][0]["value"].replace(IMAGE, "").strip()
             image = entry.get("image") or None
             prompt = f"{IMAGE}\n{text}" if image else text
-            return Question(id=entry["id"], text=text + suffix, image=image, prompt=prompt)
+            category = "with a picture" if image else "without"
+            return Question(id=entry["id"], text=text + suffix, image=image, prompt=prompt, category=category)
 
         yield from make_questions(file, entries, ENTRY, make)
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:
-        """Return the accuracy on questions with a picture and on all; a missing answer is wrong and has no picture."""
+        """Return the accuracy on questions with a picture and on all, over those that have an answer."""
         answers, notes = latest(rows)
-        verdicts = judge(answers, data)
+        judged = judge(answers, data)
+        verdicts = [verdict for verdict in judged if verdict.prompt != UNKNOWN]
         values = {verdict.question_id: 100.0 * verdict.right for verdict in verdicts}
         shown = {verdict.question_id: values[verdict.question_id] for verdict in verdicts if verdict.multimodal}
-        notes += coverage(verdicts)
+        notes += [*gaps(len(judged), len(verdicts), len(answers) - len(verdicts)), *unread(verdicts)]
         if not shown:
             notes.append("no answer is to a question with a picture: there is no img_accuracy")
         notes.append("papers quote img_accuracy, over the questions with a picture")
         return Result(
             benchmark=self.name,
-            metrics=({"img_accuracy": mean(shown.values())} if shown else {}) | {"accuracy": mean(values.values())},
+            metrics={**({"img_accuracy": mean(shown.values())} if shown else {}), "accuracy": mean(values.values())},
             headline="img_accuracy",
             n=len(shown),
             notes=tuple(notes),

@@ -71,7 +71,7 @@ def test_types(data: Path) -> None:
 def test_unbalanced_and_missing(data: Path) -> None:
     result = get("gqa").score([row("201", "no"), row("205", "yes")], data)
     assert result.n == 1
-    assert "3 of 4 questions have no answer" in result.notes[0]
+    assert "1 of 4 questions have an answer" in result.notes[0]
     assert "1 answers belong to no labelled question" in result.notes[1]
 
 

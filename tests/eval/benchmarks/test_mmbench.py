@@ -100,7 +100,7 @@ def test_vanilla_score(tmp_path: Path) -> None:
     assert result.metrics == pytest.approx({"circular": 200 / 3, "vanilla": 200 / 3, "x": 50, "y": 100})
     assert (result.headline, result.n, result.scored) == ("circular", 3, "local")
     assert result.per_question == {241: 100, 252: 0, 253: 100}
-    assert "1 of 4 questions have no answer" in result.notes[0]
+    assert "3 of 4 questions have an answer" in result.notes[0]
     assert "every question was asked once" in result.notes[1]
     assert "1 answers name no option" in result.notes[2]
 
@@ -187,7 +187,7 @@ def test_a_question_without_all_its_rotations_is_left_out_never_right(tmp_path: 
     rows[which : which + 1] = [] if missing == "unanswered" else [failed(rows[which]["question_id"])]
     result = get("mmbench").score(rows, tmp_path)
     assert (dict(result.per_question), result.n, result.metrics["x"]) == ({7: 100}, 1, 100)
-    assert "1 of 6 questions have no answer; the score is over the others" in result.notes
+    assert "5 of 6 questions have an answer; the score is over these" in result.notes
     (note,) = [note for note in result.notes if "circular" in note]
     assert note == "1 questions are left out of circular accuracy because a rotation of theirs has no answer"
 

@@ -86,7 +86,7 @@ def test_missing_and_foreign_answers_are_left_out_and_said(tmp_path: Path) -> No
     notes = " ".join(result.notes)
     assert "1 of 5 rows repeat a question" in notes
     assert "1 rows report an error" in notes
-    assert "2 of 4 questions have no answer" in notes
+    assert "2 of 4 questions have an answer" in notes
     assert "1 answers belong to no labelled question" in notes
 
 

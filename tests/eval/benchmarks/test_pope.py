@@ -108,7 +108,7 @@ def test_no_positives_divide_by_nothing(data: Path) -> None:
     result = get("pope").score([row(2, "No")], data)
     assert [result.metrics[f"{m}_random"] for m in ("f1", "precision", "recall", "yes")] == [0, 0, 0, 0]
     assert result.metrics["accuracy_random"] == 100
-    assert any("5 of 6 questions have no answer" in note for note in result.notes)
+    assert any("1 of 6 questions have an answer" in note for note in result.notes)
 
 
 def test_labels_of_another_revision_are_told_and_do_no_harm(data: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_question_without_an_answer_is_left_out_of_its_category(tmp_path: Path
         rows[number - 1]["metadata"] = {"error": "unreadable"} if gone == "error" else {}
     result = get("pope").score([entry for entry in rows if entry["text"] != "gone"], tmp_path)
     assert (result.n, result.metrics["f1_adversarial"]) == (10, 100)
-    assert "2 of 12 questions have no answer; the score is over the others" in result.notes
+    assert "10 of 12 questions have an answer; the score is over these" in result.notes
 
 
 def test_files_in_which_questions_cannot_be_told_apart(data: Path) -> None:

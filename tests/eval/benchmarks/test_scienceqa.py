@@ -103,16 +103,16 @@ def test_a_letter_beyond_the_choices_and_a_failure_are_wrong(data: Path) -> None
     assert "1 answers name no choice" in result.notes[0]
 
 
-def test_a_missing_answer_is_wrong_and_shrinks_the_picture_denominator(data: Path) -> None:
+def test_a_missing_answer_is_left_out_and_counted_once(data: Path) -> None:
     result = get("scienceqa").score([row("1", "A", "<image>\nQ"), failed("2", "<image>\nQ")], data)
-    assert result.metrics == {"img_accuracy": 100, "accuracy": 25}
+    assert result.metrics == {"img_accuracy": 100, "accuracy": 100}
     assert result.n == 1
-    assert any("3 of 4 questions have no answer" in note for note in result.notes)
+    assert sum("1 of 4 questions have an answer" in note for note in result.notes) == 1
 
 
 def test_no_picture_at_all(data: Path) -> None:
     result = get("scienceqa").score([row("3", "B", "Q")], data)
-    assert (result.n, result.metrics["accuracy"]) == (0, 25)
+    assert (result.n, result.metrics) == (0, {"accuracy": 100})
     assert any("there is no img_accuracy" in note for note in result.notes)
 
 

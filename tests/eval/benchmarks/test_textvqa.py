@@ -86,7 +86,7 @@ def test_missing_errors_and_foreign(data: Path) -> None:
     rows = [row("77", "1999", "what year?" + SHORT), failed("003a", WITHOUT), row("77", "1", "what day?" + SHORT)]
     result = get("textvqa").score(rows, data)
     assert (result.n, result.metrics["accuracy"]) == (1, 100)
-    assert [note.split(" ", 1)[0] for note in result.notes] == ["1", "asked", "2", "1"]
+    assert [note.split(" ", 1)[0] for note in result.notes] == ["1", "asked", "1", "1"]
 
 
 def test_a_question_asked_by_two_people_counts_twice(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_val_is_scored(data: Path) -> None:
 def test_missing_answers_are_counted(data: Path) -> None:
     result = get("vizwiz").score([row(0, "oregano", ASKED)], data)
     assert result.metrics["accuracy"] == 0
-    assert "1 of 2 questions have no answer" in result.notes[0]
+    assert "1 of 2 questions have an answer" in result.notes[0]
 
 
 def test_answers_to_the_test_set_are_the_servers_even_beside_val_labels(data: Path) -> None:

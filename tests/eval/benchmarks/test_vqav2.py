@@ -44,7 +44,7 @@ def test_val_is_scored_by_ten_people(data: Path) -> None:
 def test_missing_and_foreign_answers_are_noted(data: Path) -> None:
     result = get("vqav2").score([row(3, "yes"), row(77, "yes")], data)
     assert (result.n, result.metrics["accuracy"]) == (1, 100)
-    assert "2 of 3 questions have no answer" in result.notes[0]
+    assert "1 of 3 questions have an answer" in result.notes[0]
     assert "1 answers belong to no labelled question" in result.notes[1]
 
 
