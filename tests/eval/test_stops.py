@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted or run out of disk at random moments: no answer is lost or doubled, one line each."""
+"""Runs that are killed, interrupted or out of disk at random moments: no answer is lost or doubled, one line each."""
 
 import json
 import os
@@ -118,7 +118,8 @@ def stop_and_go(start: Start, file: Path, processes: int, moments: int, seed: in
         else:
             assert code == 128 + number, told
             assert len(said) == 1, told
-            assert (found := KEPT.fullmatch(said[0])), told
+            found = KEPT.fullmatch(said[0])
+            assert found, told
             kept = int(found[1] or 0)
             assert kept <= len(now) if processes > 1 or not found[1] else kept == len(now), told
         before = now
