@@ -87,8 +87,7 @@ def _entries(path: Path, source: str) -> int:
             return sum(1 for line in text.splitlines() if line.strip() and json.loads(line) is not None)
         if isinstance(value, dict):
             value = next((value[name] for name in LISTS if isinstance(value.get(name), list)), value)
-        # An object of something else than objects is the only line of a file with one a line.
-        alone = isinstance(value, dict) and not all(isinstance(entry, dict) for entry in value.values())
+        alone = isinstance(value, dict) and "question_id" in value  # the only line of a file with one object a line
         return 1 if alone else len(value)
 
 
