@@ -22,12 +22,18 @@ OWN = 0.0
 RATIOS = (0.75, 0.5, 0.25, 0.1)
 
 
-def cells(methods: Sequence[str], ratios: Sequence[float]) -> list[Key]:
-    """Return methods at ratios, after the upper bound all are compared with; where a ratio has no effect, once."""
+def cells(methods: Sequence[str], ratios: Sequence[float], whole: bool = False) -> list[Key]:
+    """Return methods at ratios, after the upper bound all are compared with; where a ratio has no effect, once.
+
+    Args:
+        methods: names, or calls with fields.
+        ratios: in (0, 1].
+        whole: methods at ratio 1 are runs of their own.
+    """
     found = [UPPER]
     for method in methods:
         follows = get(method).follows_ratio
-        found += [(method, ratio) for ratio in ratios if ratio < 1] if follows else [(method, 1.0)]
+        found += [(method, ratio) for ratio in ratios if whole or ratio < 1] if follows else [(method, 1.0)]
     return list(dict.fromkeys(found))
 
 
@@ -111,7 +117,7 @@ def main() -> None:
     add_grid_arguments(parser)
     parser.add_argument("--profile", help="of all methods")
     args = parser.parse_args()
-    for method, ratio in cells(args.methods, args.ratios):
+    for method, ratio in cells(args.methods, args.ratios, whole=True):
         # A profile that a method has not got is said before anything runs.
         chosen = get(method, profile=None if (method, ratio) == UPPER else args.profile)
         print(f"{method}\t{'' if chosen.fixed else ratio}")

@@ -30,9 +30,9 @@ def compare(found: Found) -> Rows:
     """Put the runs of every method and ratio together.
 
     Returns:
-        key -> `scores`, `differences` (95 % interval against the upper bound), `n`, `scored` (`local` or `server`) and
-        `seconds` by benchmark, `missing` (benchmark -> why), `averaged`, how many benchmarks the average is over, and `average`: the mean over the benchmarks with an upper bound of score ÷ upper bound, in
-        percent, as in the paper; None without one.
+        key -> by benchmark `scores`, `differences` (95 % interval against the upper bound), `n`, `scored` (`local` or
+        `server`), `seconds` and `missing` (why); and `average`, the mean over the `averaged` benchmarks with an upper
+        bound of score ÷ upper bound, in percent, as in the paper; None without one.
     """
     parts = ("scores", "differences", "n", "scored", "seconds", "missing")
     rows: Rows = defaultdict(lambda: {part: {} for part in parts})

@@ -1,6 +1,7 @@
 """Curves: which runs are on which, and that a file comes of them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -37,6 +38,12 @@ def test_against_a_field_runs_differ_in_nothing_else() -> None:
     for field in ("temperature", "nosuch", "name"):
         with pytest.raises(InputError, match="several values"):
             against_field(ROWS, field)
+
+
+@pytest.mark.parametrize("rows", [{}, {("none", 1.0): {"average": None}}, {("globalcom2", 0.5): {"average": None}}])
+def test_without_an_upper_bound_nothing_is_drawn(rows: Any) -> None:
+    with pytest.raises(InputError, match="no run has an upper bound"):
+        against_ratio(rows)
 
 
 @pytest.mark.parametrize("logarithmic", [False, True])

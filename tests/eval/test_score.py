@@ -65,6 +65,8 @@ def test_against(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, *command)
     assert "accuracy, difference          -100.00  95% interval [-100.00, -100.00]" in text
     assert "note: 11 questions are answered in one file only" in text
+    wrong.write_text(wrong.read_text().split("\n")[0])
+    assert run(capsys, *command).count("1 of 12 questions have an answer") == 1, "once, where both files say so"
 
 
 def test_export(data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

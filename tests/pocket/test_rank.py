@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,12 @@ def test_the_difference_of_a_method_to_itself_is_nothing(answer: Any, data: Path
     sums = found_in(answer("none()", lambda scene: scene % 2 == 0), data)[UPPER]
     assert compare(sums, sums)[:3] == (0, 0, 0)
     assert compare(sums).high - compare(sums).low > 10
+
+
+def test_a_benchmark_that_is_no_task_of_the_pocket_is_passed_over(answer: Any, data: Path) -> None:
+    runs = collect(answer("none()", lambda scene: True), data).runs
+    other = SimpleNamespace(benchmark="mybench", key=("uniform", 0.5))
+    assert list(add_up([*runs, other], data)) == [UPPER]  # type: ignore[list-item]
 
 
 def test_pairing_leaves_out_what_both_find_hard(answer: Any, data: Path) -> None:

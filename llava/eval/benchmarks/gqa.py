@@ -57,7 +57,7 @@ class GQA(JsonlBenchmark):
     contents = {
         question_file: "12578 questions",
         image_folder: "GQA's pictures",
-        "data/testdev_balanced_questions.json": "answers, out of questions1.2.zip",
+        "data/testdev_balanced_questions.json": "12578 answers, out of questions1.2.zip",
     }
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:

@@ -150,8 +150,8 @@ class ScienceQA(Benchmark):
     source = "eval.zip of LLaVA (questions) and github.com/lupantech/ScienceQA (problems, splits, images/test)"
     contents = {
         question_file: "4241 questions, 2017 with a picture",
-        image_folder: "a folder with image.png for each of them",
-        "problems.json": "all problems with their answers",
+        image_folder: "2017 pictures, <question>/image.png",
+        "problems.json": "21208 problems with their answers",
         "pid_splits.json": "which problems are in the test split",
     }
     max_new_tokens = 1024

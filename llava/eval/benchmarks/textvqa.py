@@ -63,7 +63,7 @@ class TextVQA(JsonlBenchmark):
     contents = {
         question_file: "5000 questions with OCR tokens",
         image_folder: "OpenImages pictures, those of val among them",
-        "TextVQA_0.5.1_val.json": "ten answers to each question",
+        "TextVQA_0.5.1_val.json": "5000 questions with ten answers each",
     }
 
     def questions(self, file: Path, **options: Any) -> Iterator[Question]:

@@ -45,7 +45,7 @@ class VizWiz(JsonlBenchmark):
     image_folder = "test"
     labels = ("val.json",)
     source = "eval.zip of LLaVA (questions) and vizwiz.org/tasks-and-datasets/vqa (pictures, Annotations.zip)"
-    contents = {question_file: "8000 questions", image_folder: "the test pictures"}
+    contents = {question_file: "8000 questions", image_folder: "8000 pictures"}
     optional = {VAL_QUESTIONS: "the val questions in the same format", "val.json": "to score answers to val here"}
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:

@@ -35,7 +35,7 @@ class VQAv2(JsonlBenchmark):
     image_folder = "test2015"
     labels = ("v2_mscoco_val2014_annotations.json",)
     source = "eval.zip of LLaVA (questions) and visualqa.org/download.html (test2015 pictures, val2014 annotations)"
-    contents = {question_file: "the test-dev2015 questions, about 107 thousand", image_folder: "COCO test2015 pictures"}
+    contents = {question_file: "107394 questions, those of test-dev2015", image_folder: "COCO test2015 pictures"}
     optional = {
         FULL_TEST: "all test2015 questions, which a submission lists",
         "v2_mscoco_val2014_annotations.json": "to score answers to val2014 here",
