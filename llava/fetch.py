@@ -129,6 +129,8 @@ def _answer(response: HTTPResponse, clock: "_Clock") -> tuple[bytes, str | None]
     content = response.read(MAX_BYTES + 1)
     if clock.over.is_set():
         raise TimeoutError
+    if len(content) <= MAX_BYTES and response.length:  # of what was announced
+        raise InputError(f"the last {response.length} bytes are missing; try again")
     if len(content) > MAX_BYTES:
         raise InputError(f"it has more than {MAX_BYTES >> 20} MiB; give a smaller picture")
     return content, None

@@ -19,11 +19,10 @@ from llava.fetch import fetch, shortened
 
 Source: TypeAlias = str | PathLike[str] | bytes | bytearray | IO[bytes] | Image.Image
 
-# Pillow warns from here on. The hungriest decoders (JPEG 2000, WebP) hold 16 bytes a pixel: together less than 1.5 GiB.
-MAX_PIXELS = 89_478_485
+# From here on Pillow warns. Decoders hold 8 to 16 bytes a pixel, some formats' more: all stay below 1.5 GiB.
+MAX_PIXELS, HUNGRY = 89_478_485, {"JPEG2000": 2}
 # The longest a JPEG can be. Pillow keeps an address per row, and a resized picture has as many rows halfway.
 MAX_SIDE = 65_535
-LIMITS = "at most 89 megapixels and 65535 pixels a side are read; make it smaller"
 # They start a program (Ghostscript) and unpack a compressed file whole, whatever its header says.
 UNSAFE_FORMATS = {"EPS", "FITS"}
 BAND = 2**22  # pixels
@@ -32,7 +31,10 @@ PROBLEMS: dict[Any, str] = {
     PermissionError: "may not be read; check its permissions",
     IsADirectoryError: "is a folder; give a picture file",
     UnidentifiedImageError: "is not a picture Pillow can read",
-    (DecompressionBombError, DecompressionBombWarning): f"is too large: {LIMITS}",
+    (
+        DecompressionBombError,
+        DecompressionBombWarning,
+    ): f"has more than {MAX_PIXELS // 10**6} megapixels; make it smaller",
     MemoryError: "needs more memory than there is; make it smaller",
 }
 # What turns a picture upright, by EXIF's orientation, and where files note it.
@@ -82,7 +84,7 @@ def load_image(source: Source, exif: bool = False) -> Image.Image:
 
     Raises:
         InputError: there is no such picture, or it is empty, damaged, no picture, or too large: more than 89 megapixels
-            or 65535 pixels a side.
+            (JPEG 2000: 44) or 65535 pixels a side.
     """
     name, content = _find(source)
     with _reading(name), _opened(content) as image:
@@ -152,8 +154,10 @@ def check_size(image: Image.Image) -> None:
     width, height = image.size
     if not width or not height:
         raise InputError(f"image of {width}x{height} pixels: both sides must be at least 1")
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise InputError(f"image of {width}x{height} pixels: {LIMITS}")
+    most = MAX_PIXELS // HUNGRY.get(image.format or "", 1)
+    if width * height > most or max(width, height) > MAX_SIDE:
+        limits = f"over {most // 10**6} megapixels or {MAX_SIDE} pixels a side"
+        raise InputError(f"image of {width}x{height} pixels: {limits}; make it smaller")
 
 
 def _find(source: Any) -> tuple[str, Any]:
