@@ -32,6 +32,7 @@ from llava.model.weights import (
     load_tower,
     merge_lora,
     need,
+    quiet,
     refuse,
     refuse_infinite,
 )
@@ -165,9 +166,12 @@ def load_tokenizer(path: str) -> Any:
     defaults = {} if "add_bos_token" in options else {"add_bos_token": True}
     cls = LlamaTokenizer if (options.get("tokenizer_class") or "Llama").startswith("Llama") else AutoTokenizer
     try:
-        tokenizer = cls.from_pretrained(path, **defaults)
+        with quiet():
+            tokenizer = cls.from_pretrained(path, **defaults)
     except Exception as error:  # whatever the parsers of a damaged file raise, which differs between their versions
-        raise InputError(f"no readable tokenizer at {path!r} ({type(error).__name__} {brief(error)})") from error
+        raise InputError(
+            f"no readable tokenizer at {path!r}; get its files again ({type(error).__name__} {brief(error)})"
+        ) from error
     # Lengths are checked with the images in; the tokenizer's own warning knows nothing of them.
     tokenizer.model_max_length = VERY_LONG
     # Where its files are missing or empty, LlamaTokenizer makes do with its three special tokens.

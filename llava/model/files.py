@@ -1,6 +1,7 @@
 """Files of a checkpoint, in a folder or on the hub."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +20,15 @@ def find_file(path: str, name: str) -> Path | None:
     """Return a file of a folder or hub repository, or None if it has none of that name.
 
     Raises:
-        InputError: there is no such folder, and the hub cannot be asked.
+        InputError: there is no such folder, and the hub cannot be asked; or what has the name is no file.
     """
     if is_folder(path):
-        return file if (file := Path(path) / name).is_file() else None
+        file = Path(path) / name
+        if file.is_file():
+            return file
+        if os.path.lexists(file):  # a pipe would be waited for, a folder or a broken link passed over
+            raise InputError(f"{str(file)!r} is no file; put the checkpoint's own there")
+        return None
     if not HUB_ID.fullmatch(path):
         raise InputError(f"there is no folder {path!r}; {REMEDY}")
     from huggingface_hub import hf_hub_download

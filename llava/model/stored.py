@@ -144,11 +144,26 @@ def count_weights(path: str, quantised: bool = False) -> int:
             total += size * (2 if quantised else 1)
             if not floating and not quantised and not name.endswith(IGNORED):
                 integers.append(name)
-    if integers:
-        raise InputError(
-            f"the weights at {path!r} are integers in {shown(sorted(integers)[:4])}; get a float checkpoint"
-        )
+    refuse_integers(integers, path)
     return total
+
+
+def refuse_integers(names: list[str], path: str) -> None:
+    """Refuse what is no floating-point number in the place of weights.
+
+    Raises:
+        InputError: there is some; the message names the tensors.
+    """
+    if names:
+        raise InputError(
+            f"the weights at {path!r} are no floating-point numbers in {some(names)}; get them unquantised"
+        )
+
+
+def some(names: list[str], most: int = 4) -> str:
+    """Return the first of some names, and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def language_size(config: Any) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llava.constants import InputError
 from llava.model.files import find_file, read_object
 from llava.model.settings import ADAPTER
-from llava.model.stored import DAMAGED, IGNORED, read_tensors, why
+from llava.model.stored import DAMAGED, IGNORED, read_tensors, refuse_integers, some, why
 
 TOWER = "model.vision_tower."
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,7 +44,7 @@ def load_model(cls: Any, path: str, **kwargs: Any) -> tuple[Any, set[str], set[s
         InputError: the files are missing, damaged, or hold code or tensors of other shapes.
     """
     try:
-        with _quiet():
+        with quiet():
             model, info = cls.from_pretrained(
                 path, output_loading_info=True, ignore_mismatched_sizes=True, weights_only=True, **kwargs
             )
@@ -58,7 +58,7 @@ def load_model(cls: Any, path: str, **kwargs: Any) -> tuple[Any, set[str], set[s
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from reporting what we decide, and its bars out of log files."""
     from transformers.utils import logging
 
@@ -80,14 +80,9 @@ def refuse(complaints: dict[str, Collection[str]], path: str) -> None:
     Raises:
         InputError: there is a complaint; the message names the tensors.
     """
-    said = [f"{what} {_some(sorted(names))}" for what, names in complaints.items() if names]
+    said = [f"{what} {some(sorted(names))}" for what, names in complaints.items() if names]
     if said:
         raise InputError(f"the weights at {path!r} do not fit the model: {'; '.join(said)}")
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def load_tower(model: Any, missing: set[str], tuned: bool) -> set[str]:
@@ -122,8 +117,8 @@ def load_additions(model: nn.Module, path: str, missing: set[str]) -> set[str]:
     own = model.state_dict()
     found = {_own_name(name): tensor for name, tensor in read_tensors(file).items()}
     misshapen = [name for name, tensor in found.items() if name in own and own[name].shape != tensor.shape]
-    integers = [name for name, tensor in found.items() if not tensor.is_floating_point()]
-    refuse({"unexpected": found.keys() - own.keys(), "misshapen": misshapen, "integer": integers}, str(file))
+    refuse({"unexpected": found.keys() - own.keys(), "misshapen": misshapen}, str(file))
+    refuse_integers([name for name, tensor in found.items() if not tensor.is_floating_point()], str(file))
     model.load_state_dict(found, strict=False)
     return set(found)
 
@@ -157,13 +152,17 @@ def merge_lora(model: Any, path: str) -> Any:
     try:
         config = PeftConfig.from_pretrained(path)
         # In float32, as peft would keep the factors of an adapter that is trained.
-        weights = {_own_factor(name): factor.float() for name, factor in load_peft_weights(path, device="cpu").items()}
+        found = load_peft_weights(path, device="cpu")
+        refuse_integers([name for name, factor in found.items() if not factor.is_floating_point()], path)
+        weights = {_own_factor(name): factor.float() for name, factor in found.items()}
         adapted = {name.partition(".lora_")[0] for name in weights}
         parts = (name for name, _ in model.named_modules() if "vision_tower" in name or "mm_projector" in name)
         config.exclude_modules = [name for name in parts if f"base_model.model.{name}" not in adapted]
         # Empty until filled: a rank that no file has costs no memory.
         wrapped = PeftModel(model, config, low_cpu_mem_usage=True)
         result = set_peft_model_state_dict(wrapped, weights, ignore_mismatched_sizes=True, low_cpu_mem_usage=True)
+    except InputError:
+        raise
     except DAMAGED as error:
         raise InputError(f"cannot load the adapter at {path!r}: {why(error)}") from error
     missing = {name for name in result.missing_keys if "lora_" in name}
@@ -176,7 +175,7 @@ def _own_factor(name: str) -> str:
     return name.replace("vision_tower.vision_tower.vision_model.", "vision_tower.vision_tower.")
 
 
-def refuse_infinite(model: nn.Module, path: str) -> None:
+def refuse_infinite(model: Any, path: str) -> None:
     """Refuse weights that are NaN or infinite: no answer would come of them, or an empty one.
 
     All are looked at, as a single one spoils every answer or only some. `aminmax` reads each once, in its own dtype,
@@ -198,4 +197,6 @@ def refuse_infinite(model: nn.Module, path: str) -> None:
     for found in ranges.values():
         finite = torch.stack([*found.values()]).isfinite().all(1).tolist()
         bad += [name for name, good in zip(found, finite, strict=True) if not good]
-    refuse({"NaN or infinite": bad}, path)
+    if bad:
+        kind = str(model.dtype).removeprefix("torch.")
+        raise InputError(f"the weights at {path!r} are NaN or infinite, in {kind}, in {some(bad)}; get them again")

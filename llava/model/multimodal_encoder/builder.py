@@ -48,7 +48,7 @@ def build_vision_tower(config: Any, **kwargs: Any) -> Any:
 def locate_tower(name: str, checkpoint: str) -> str:
     """Return where the tower `name` of a checkpoint is: a folder (as named, or beside the checkpoint) or a hub id."""
     for folder in (Path(name), Path(checkpoint) / name, Path(checkpoint).parent / name):
-        if is_folder(folder) and (folder / "config.json").is_file():
+        if is_folder(folder) and (folder / "config.json").exists():
             return str(folder)
     return name
 
