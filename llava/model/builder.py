@@ -16,15 +16,7 @@ from llava.constants import (
 from llava.model.files import REMEDY, brief, find_file, is_folder, read_object
 from llava.model.multimodal_encoder.builder import KNOWN_TOWERS, locate_tower, tower_shape, vision_config
 from llava.model.settings import TOKENIZER, check_config, check_vision, generation_settings, known_settings
-from llava.model.stored import (
-    DAMAGED,
-    LARGEST_TOWER,
-    check_size,
-    count_weights,
-    has_weights,
-    language_size,
-    tower_size,
-)
+from llava.model.stored import DAMAGED, ELSEWHERE, check_size, language_size, tower_size
 from llava.model.weights import (
     additions_file,
     load_additions,
@@ -90,12 +82,12 @@ def load_pretrained_model(
         return tokenizer, _load_language_model(model_path, raw, kwargs), None, context_len
     given = kwargs.pop("vision_tower", None)
     tower = locate_tower(given or raw["mm_vision_tower"], model_path)
-    cls, config = _classify(raw, tower, given is not None)
-    _check_size(config, tower, [model_base, model_path] if model_base else [model_path], kwargs)
-    settings = _generation_config(model_base or model_path, raw)
-    model, missing, unexpected = load_model(
-        cls, model_base or model_path, config=config, generation_config=settings, **kwargs
-    )
+    cls, config = _classify(raw, tower, bool(given))
+    weights = model_base or model_path
+    if tower not in KNOWN_TOWERS and not kwargs.keys() & ELSEWHERE:
+        check_size(tower_size(config.mm_vision_config), weights, bool(raw.get("quantization_config")), tower)
+    kwargs = {"generation_config": _generation_config(weights, raw)} | kwargs
+    model, missing, unexpected = load_model(cls, weights, language_size(config), config=config, **kwargs)
     if model_base:
         missing -= load_additions(model, model_path, missing)
     missing -= load_tower(model, missing, raw.get("unfreeze_mm_vision_tower", False))
@@ -254,22 +246,6 @@ def _build_config(cls: Any, raw: dict[str, Any]) -> Any:
         raise InputError(f"config.json cannot be used: {brief(error)}") from error
 
 
-# With these a hub id means files that `find_file` does not look at.
-ELSEWHERE = {"cache_dir", "revision", "subfolder", "variant", "token", "gguf_file", "use_safetensors"}
-
-
-def _check_size(config: Any, tower: str, sources: list[str], kwargs: dict[str, Any]) -> None:
-    """Refuse a config that asks for far more weights than the files hold, and integers in the place of weights."""
-    if kwargs.keys() & ELSEWHERE:
-        return
-    quantised = getattr(config, "quantization_config", None) is not None
-    held = count_weights(sources[0], quantised)
-    check_size(language_size(config), held, sources[-1])
-    if tower not in KNOWN_TOWERS:
-        beside = count_weights(tower) if has_weights(tower) else 0 if is_folder(tower) else LARGEST_TOWER
-        check_size(tower_size(config.mm_vision_config), held + beside, tower)
-
-
 def _generation_config(path: str, raw: dict[str, Any]) -> Any:
     """Return how a checkpoint wants to be continued: its generation_config.json's word, else its config's."""
     file = find_file(path, "generation_config.json")
@@ -292,12 +268,9 @@ def _load_language_model(path: str, raw: dict[str, Any], kwargs: dict[str, Any])
     if kind not in CONFIG_MAPPING:
         raise InputError(f"config.json's model_type {kind!r} is none that transformers knows")
     config = _build_config(CONFIG_MAPPING[kind], raw)
-    if not kwargs.keys() & ELSEWHERE and isinstance(config, LlamaConfig | MistralConfig):
-        check_size(language_size(config), count_weights(path, bool(raw.get("quantization_config"))), path)
-    settings = _generation_config(path, raw)
-    model, missing, unexpected = load_model(
-        AutoModelForCausalLM, path, config=config, generation_config=settings, **kwargs
-    )
+    asked = language_size(config) if isinstance(config, LlamaConfig | MistralConfig) else 0
+    kwargs = {"generation_config": _generation_config(path, raw)} | kwargs
+    model, missing, unexpected = load_model(AutoModelForCausalLM, path, asked, config=config, **kwargs)
     refuse({"missing": missing, "unexpected": unexpected}, path)
     refuse_infinite(model, path)
     return model.eval()

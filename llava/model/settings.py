@@ -145,7 +145,7 @@ def check_config(config: dict[str, Any]) -> None:
     heads, kv_heads = (config.get(key) or 0 for key in ("num_attention_heads", "num_key_value_heads"))
     width = config.get("head_dim") or (config["hidden_size"] // heads if heads and "hidden_size" in config else 2)
     if width % 2:
-        raise InputError(f"config.json's heads are {width} wide; rotary positions need an even width")
+        raise InputError(f"config.json's heads have a head_dim of {width}; rotary positions need an even one")
     if heads and kv_heads and heads % kv_heads:
         raise InputError(f"config.json's num_key_value_heads {kv_heads} must divide num_attention_heads {heads}")
     padding, rows = config.get("pad_token_id"), config.get("vocab_size")

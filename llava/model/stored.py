@@ -1,5 +1,6 @@
 """What weight files hold, read from their headers: which files, how many numbers, of which kind."""
 
+import warnings
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,6 +13,8 @@ from llava.constants import InputError
 from llava.model.files import REMEDY, brief, find_file, is_folder, read_object
 from llava.schema import OBJECT, shown
 
+# With one of these options a hub id means files that `find_file` does not look at.
+ELSEWHERE = {"cache_dir", "revision", "subfolder", "variant", "token", "gguf_file", "use_safetensors"}
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # What a checkpoint may hold that the model has no place for: tables once saved with the weights.
@@ -37,11 +40,6 @@ DAMAGED = (
 ROOM = 10**6
 # Numbers of the largest tower on the hub, whose files are not asked before they are needed.
 LARGEST_TOWER = 3 * 10**9
-
-
-def has_weights(path: str) -> bool:
-    """Tell whether a folder has weight files; of a hub id nothing is known before it is asked."""
-    return is_folder(path) and any(find_file(path, name) for name in WEIGHTS)
 
 
 def weight_files(path: str) -> list[Path]:
@@ -108,7 +106,8 @@ def read_tensors(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
         InputError: the file is damaged, or holds anything but tensors.
     """
     try:
-        found: Any = torch.load(file, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of old pickles, which are read or refused
+            found: Any = torch.load(file, map_location=device, weights_only=True)
     except DAMAGED as error:
         raise InputError(f"cannot load {str(file)!r}: {why(error)}") from error
     if not isinstance(found, dict) or not all(
@@ -184,14 +183,26 @@ def tower_size(shape: dict[str, Any]) -> int:
     )
 
 
-def check_size(asked: int, held: int, path: str) -> None:
+def check_size(asked: int, path: str, quantised: bool = False, tower: str | None = None) -> None:
     """Refuse a config that asks for far more weights than there are, before a model is built from it.
 
     Building takes time by layers, and what no file fills is drawn at random: neither may be without bounds. Twice as
     many are let pass, as what is a little wrong is better told by the names of its tensors.
 
+    Args:
+        asked: numbers that the config asks for.
+        path: folder or hub id of the weights.
+        quantised: see `count_weights`.
+        tower: where they may come from as well, looked at where the former do not suffice.
+
     Raises:
-        InputError: so it is.
+        InputError: so it is, or see `count_weights`.
     """
+    held = count_weights(path, quantised)
+    if tower and asked > 2 * held + ROOM:
+        files = is_folder(tower) and any(find_file(tower, name) for name in WEIGHTS)
+        held += count_weights(tower) if files else 0 if is_folder(tower) else LARGEST_TOWER
     if asked > 2 * held + ROOM:
-        raise InputError(f"the config of {path!r} asks for {asked:,} weights, its files hold {held:,}; one is wrong")
+        raise InputError(
+            f"the config of {tower or path!r} asks for {asked:,} weights, its files hold {held:,}; one is wrong"
+        )

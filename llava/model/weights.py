@@ -1,6 +1,7 @@
 """Weights from files into models: whole, or refused with the names of what is wrong."""
 
 import sys
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from llava.constants import InputError
 from llava.model.files import find_file, read_object
 from llava.model.settings import ADAPTER
-from llava.model.stored import DAMAGED, IGNORED, read_tensors, refuse_integers, some, why
+from llava.model.stored import DAMAGED, ELSEWHERE, IGNORED, check_size, read_tensors, refuse_integers, some, why
 
 TOWER = "model.vision_tower."
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -29,12 +30,13 @@ def need(package: str, what: str, remedy: str) -> None:
         raise InputError(f"{what} needs the package {package}, which is not installed; {remedy}")
 
 
-def load_model(cls: Any, path: str, **kwargs: Any) -> tuple[Any, set[str], set[str]]:
+def load_model(cls: Any, path: str, asked: int = 0, **kwargs: Any) -> tuple[Any, set[str], set[str]]:
     """Load weights through transformers.
 
     Args:
         cls: a model class.
         path: a folder or hub id.
+        asked: numbers that the config asks for at least, see `check_size`.
         **kwargs: for `from_pretrained`.
 
     Returns:
@@ -43,6 +45,8 @@ def load_model(cls: Any, path: str, **kwargs: Any) -> tuple[Any, set[str], set[s
     Raises:
         InputError: the files are missing, damaged, or hold code or tensors of other shapes.
     """
+    if not kwargs.keys() & ELSEWHERE:
+        check_size(asked, path, getattr(kwargs.get("config"), "quantization_config", None) is not None)
     try:
         with quiet():
             model, info = cls.from_pretrained(
@@ -158,9 +162,10 @@ def merge_lora(model: Any, path: str) -> Any:
         adapted = {name.partition(".lora_")[0] for name in weights}
         parts = (name for name, _ in model.named_modules() if "vision_tower" in name or "mm_projector" in name)
         config.exclude_modules = [name for name in parts if f"base_model.model.{name}" not in adapted]
-        # Empty until filled: a rank that no file has costs no memory.
-        wrapped = PeftModel(model, config, low_cpu_mem_usage=True)
-        result = set_peft_model_state_dict(wrapped, weights, ignore_mismatched_sizes=True, low_cpu_mem_usage=True)
+        with warnings.catch_warnings(action="ignore"):  # what does not fit is refused below, in fewer words
+            # Empty until filled: a rank that no file has costs no memory.
+            wrapped = PeftModel(model, config, low_cpu_mem_usage=True)
+            result = set_peft_model_state_dict(wrapped, weights, ignore_mismatched_sizes=True, low_cpu_mem_usage=True)
     except InputError:
         raise
     except DAMAGED as error:
