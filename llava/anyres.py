@@ -25,8 +25,9 @@ def parse_pinpoints(pinpoints: str | Sequence[Sequence[int]]) -> list[Size]:
     try:
         pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
         return [(int(width), int(height)) for width, height in pairs]
-    except (SyntaxError, TypeError, ValueError) as error:
-        raise InputError(f"image_grid_pinpoints must be a list of [width, height], got {pinpoints!r}") from error
+    except (SyntaxError, TypeError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        said = repr(pinpoints[:80] if isinstance(pinpoints, str) else pinpoints)[:80]
+        raise InputError(f"image_grid_pinpoints must be a list of [width, height], got {said}") from error
 
 
 def best_resolution(image_size: Size, resolutions: Sequence[Size]) -> Size:

@@ -16,6 +16,8 @@ from llava.constants import InputError
 if TYPE_CHECKING:
     from llava.compress.base import Compressor
 
+LONGEST = 1000
+"""Characters of a method in call syntax."""
 _PLUMBING = {
     "__main__",
     "allocation",
@@ -75,6 +77,10 @@ def get(spec: str, **fallback: Any) -> Compressor:
 
 def _parse(spec: str) -> tuple[str, dict[str, Any]]:
     """Split call syntax into a name and literal keyword arguments."""
+    if not isinstance(spec, str):
+        raise InputError(f"a method is given by its name or as a call, in text; got {type(spec).__name__}")
+    if len(spec) > LONGEST:  # a number may have more digits than can be written out again
+        raise InputError(f"method {spec[:40]!r}… has {len(spec)} characters; write at most {LONGEST}")
     try:
         node = ast.parse(spec.strip(), mode="eval").body
         if isinstance(node, ast.Name):

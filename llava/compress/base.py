@@ -31,10 +31,12 @@ def parse_ratio(value: object, source: str = "retention_ratio") -> float:
     """
     try:
         ratio = -1.0 if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError):
         ratio = -1.0
+    except OverflowError:  # such a number may be too long to be written out
+        ratio, value = -1.0, "a number far beyond"
     if not 0 < ratio <= 1:
-        raise InputError(f"{source} must be a number in (0, 1], got {value}")
+        raise InputError(f"{source} must be a number in (0, 1], got {str(value)[:80]}")
     return ratio
 
 

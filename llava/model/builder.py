@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from llava.anyres import parse_pinpoints
 from llava.compress import get
 from llava.compress.base import Compressor
 from llava.constants import (
@@ -14,10 +13,21 @@ from llava.constants import (
     DEFAULT_IMAGE_PATCH_TOKEN,
     InputError,
 )
-from llava.model.files import REMEDY, find_file, read_object
-from llava.model.multimodal_encoder.builder import locate_tower, vision_config
-from llava.model.views import LAYOUTS
-from llava.model.weights import additions_file, load_additions, load_model, load_tower, merge_lora, need, refuse
+from llava.model.files import REMEDY, brief, find_file, is_folder, read_object
+from llava.model.multimodal_encoder.builder import KNOWN_TOWERS, locate_tower, tower_shape, vision_config
+from llava.model.settings import TOKENIZER, check_config, check_vision, generation_settings, known_settings
+from llava.model.stored import DAMAGED, ELSEWHERE, check_size, language_size, tower_size
+from llava.model.weights import (
+    additions_file,
+    load_additions,
+    load_model,
+    load_tower,
+    merge_lora,
+    need,
+    quiet,
+    refuse,
+    refuse_infinite,
+)
 
 VERY_LONG = 10**9
 COMPRESSION = ("method", "retention_ratio", "profile")
@@ -64,21 +74,27 @@ def load_pretrained_model(
     raw = read_config(model_path, kwargs.pop("customized_config", None))
     method = choose_method(raw, *(kwargs.pop(key, None) for key in COMPRESSION))
     kwargs = _placement(kwargs, load_8bit, load_4bit, device_map, device, use_flash_attn)
-    context_len = raw.get("max_sequence_length", 2048)
+    context_len = raw.get("max_sequence_length") or 2048
     if not model_base and _is_addition(model_path):
         raise InputError(f"{model_path!r} is a LoRA or projector; give the model it belongs to as model_base")
     tokenizer = load_tokenizer(model_base or model_path)
     if not raw.get("mm_vision_tower"):
         return tokenizer, _load_language_model(model_path, raw, kwargs), None, context_len
-    tower = locate_tower(kwargs.pop("vision_tower", None) or raw["mm_vision_tower"], model_path)
-    cls, config = _classify(raw, tower)
-    model, missing, unexpected = load_model(cls, model_base or model_path, config=config, **kwargs)
+    given = kwargs.pop("vision_tower", None)
+    tower = locate_tower(given or raw["mm_vision_tower"], model_path)
+    cls, config = _classify(raw, tower, bool(given))
+    weights = model_base or model_path
+    if tower not in KNOWN_TOWERS and not kwargs.keys() & ELSEWHERE:
+        check_size(tower_size(config.mm_vision_config), weights, bool(raw.get("quantization_config")), tower)
+    kwargs = {"generation_config": _generation_config(weights, raw)} | kwargs
+    model, missing, unexpected = load_model(cls, weights, language_size(config), config=config, **kwargs)
     if model_base:
-        missing -= load_additions(model, model_path)
+        missing -= load_additions(model, model_path, missing)
     missing -= load_tower(model, missing, raw.get("unfreeze_mm_vision_tower", False))
     refuse({"missing": missing, "unexpected": unexpected}, model_path)
     if model_base and find_file(model_path, "adapter_config.json"):
         model = merge_lora(model, model_path)
+    refuse_infinite(model, model_path)
     model.get_vision_tower().is_loaded = True
     _add_image_tokens(tokenizer, model, raw)
     _tidy_generation_config(model, tokenizer)
@@ -90,7 +106,7 @@ def read_config(model_path: str, override: str | None = None) -> dict[str, Any]:
     """Return a checkpoint's config.json as plain data, with the keys of `override` (a JSON file or folder) on top.
 
     Raises:
-        InputError: there is no readable config.
+        InputError: there is no readable config, or a key of it holds what it cannot mean.
     """
     file = find_file(model_path, "config.json")
     if file is None:
@@ -98,7 +114,8 @@ def read_config(model_path: str, override: str | None = None) -> dict[str, Any]:
     config = read_object(file)
     if override:
         file = Path(override)
-        config |= read_object(file / "config.json" if file.is_dir() else file)
+        config |= read_object(file / "config.json" if is_folder(file) else file)
+    check_config(config)
     return config
 
 
@@ -136,14 +153,17 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer, LlamaTokenizer
 
     settings = find_file(path, "tokenizer_config.json")
-    options = read_object(settings) if settings else {}
+    options = read_object(settings, TOKENIZER) if settings else {}
     # Without settings transformers would leave out the begin-of-sequence id that every LLaVA was trained with.
     defaults = {} if "add_bos_token" in options else {"add_bos_token": True}
     cls = LlamaTokenizer if (options.get("tokenizer_class") or "Llama").startswith("Llama") else AutoTokenizer
     try:
-        tokenizer = cls.from_pretrained(path, **defaults)
+        with quiet():
+            tokenizer = cls.from_pretrained(path, **defaults)
     except Exception as error:  # whatever the parsers of a damaged file raise, which differs between their versions
-        raise InputError(f"no readable tokenizer at {path!r} ({type(error).__name__} {error})") from error
+        raise InputError(
+            f"no readable tokenizer at {path!r}; get its files again ({type(error).__name__} {brief(error)})"
+        ) from error
     # Lengths are checked with the images in; the tokenizer's own warning knows nothing of them.
     tokenizer.model_max_length = VERY_LONG
     # Where its files are missing or empty, LlamaTokenizer makes do with its three special tokens.
@@ -200,10 +220,8 @@ def _quantization(dtype: torch.dtype, eight_bits: bool) -> Any:
     )
 
 
-def _classify(raw: dict[str, Any], tower: str) -> tuple[type, Any]:
-    """Return the model class of a config and the config as that class wants it."""
-    from huggingface_hub.errors import StrictDataclassError
-
+def _classify(raw: dict[str, Any], tower: str, given: bool) -> tuple[type, Any]:
+    """Return the model class of a config and the config as that class wants it; a `given` tower has its own shape."""
     from llava import model as models
 
     kind, (architecture, *_) = raw.get("model_type"), raw.get("architectures") or [None]
@@ -211,48 +229,64 @@ def _classify(raw: dict[str, Any], tower: str) -> tuple[type, Any]:
     if name is None or (architecture and architecture != name):
         raise InputError(f"config.json describes {architecture or kind!r}; supported are {LLAMA} and {MISTRAL}")
     cls = getattr(models, name)
-    left_out = ("model_type", "architectures", "torch_dtype", "dtype", "max_length", "transformers_version")
-    known = {key: value for key, value in raw.items() if key not in left_out}
-    known |= {"mm_vision_tower": tower, "mm_vision_config": raw.get("mm_vision_config") or vision_config(tower)}
-    try:
-        config = cls.config_class(**known)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise InputError(f"config.json cannot be used: {error}") from error
-    _check_vision(config)
+    own = None if given else raw.get("mm_vision_config")
+    shape = tower_shape(own, "config.json's mm_vision_config") if own else vision_config(tower)
+    config = _build_config(cls.config_class, raw | {"mm_vision_tower": tower, "mm_vision_config": shape})
+    check_vision(config, tower)
     return cls, config
 
 
-def _check_vision(config: Any) -> None:
-    """Refuse vision settings that would only fail, or mean something else, once an image comes."""
-    layers = config.mm_vision_config.get("num_hidden_layers", 12)
-    allowed: dict[str, Any] = {
-        "mm_patch_merge_type": tuple(LAYOUTS),
-        "image_aspect_ratio": ("square", "pad", "anyres"),
-        "mm_vision_select_layer": range(-layers, layers + 1),
-    }
-    for key, values in allowed.items():
-        if getattr(config, key) not in values:
-            said = f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(values)
-            raise InputError(f"config.json's {key} must be {said}, got {getattr(config, key)!r}")
-    if config.image_aspect_ratio == "anyres":
-        parse_pinpoints(config.image_grid_pinpoints)
+def _build_config(cls: Any, raw: dict[str, Any]) -> Any:
+    """Return a config of a class of transformers' from what a config.json says to it."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return cls(**known_settings(cls, raw))
+    except (StrictDataclassError, *DAMAGED) as error:
+        raise InputError(f"config.json cannot be used: {brief(error)}") from error
+
+
+def _generation_config(path: str, raw: dict[str, Any]) -> Any:
+    """Return how a checkpoint wants to be continued: its generation_config.json's word, else its config's."""
+    file = find_file(path, "generation_config.json")
+    return generation_settings(read_object(file), str(file)) if file else generation_settings(raw, "config.json")
 
 
 def _load_language_model(path: str, raw: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     """Load a checkpoint without vision."""
-    from transformers import AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
     if "vision_config" in raw:
         raise InputError(
             f"{path!r} is in transformers' own format; give the original checkpoint, as liuhaotian/llava-v1.6-vicuna-7b"
         )
-    model, missing, unexpected = load_model(AutoModelForCausalLM, path, **kwargs)
+    kind = raw.get("model_type")
+    if kind in SUPPORTED:
+        raise InputError(
+            f"config.json of {path!r} describes a LLaVA without mm_vision_tower; name its vision tower there"
+        )
+    if kind not in CONFIG_MAPPING:
+        raise InputError(f"config.json's model_type {kind!r} is none that transformers knows")
+    config = _build_config(CONFIG_MAPPING[kind], raw)
+    asked = language_size(config) if isinstance(config, LlamaConfig | MistralConfig) else 0
+    kwargs = {"generation_config": _generation_config(path, raw)} | kwargs
+    model, missing, unexpected = load_model(AutoModelForCausalLM, path, asked, config=config, **kwargs)
     refuse({"missing": missing, "unexpected": unexpected}, path)
+    refuse_infinite(model, path)
     return model.eval()
 
 
 def _add_image_tokens(tokenizer: Any, model: Any, raw: dict[str, Any]) -> None:
-    """Add the special tokens of early checkpoints; the vocabulary only ever grows."""
+    """Add the special tokens of early checkpoints; the vocabulary only ever grows.
+
+    Raises:
+        InputError: without any additions, the tokenizer has more words than the model.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > rows:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} words, the model {rows}; they do not belong together"
+        )
     if raw.get("mm_use_im_patch_token", True):
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
     if raw.get("mm_use_im_start_end", False):

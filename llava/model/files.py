@@ -1,25 +1,35 @@
 """Files of a checkpoint, in a folder or on the hub."""
 
 import json
+import os
 import re
+from collections.abc import Mapping
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
 from llava.constants import InputError
+from llava.schema import Rule, check
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 REMEDY = "give the folder of a checkpoint, or its hub id"
+LARGEST = 64 << 20
+"""Bytes of a settings file; the largest in use, an index of all tensors, has a hundredth."""
 
 
 def find_file(path: str, name: str) -> Path | None:
     """Return a file of a folder or hub repository, or None if it has none of that name.
 
     Raises:
-        InputError: there is no such folder, and the hub cannot be asked.
+        InputError: there is no such folder, and the hub cannot be asked; or what has the name is no file.
     """
-    if Path(path).is_dir():
-        return file if (file := Path(path) / name).is_file() else None
+    if is_folder(path):
+        file = Path(path) / name
+        if file.is_file():
+            return file
+        if os.path.lexists(file):  # a pipe would be waited for, a folder or a broken link passed over
+            raise InputError(f"{str(file)!r} is no file; put the checkpoint's own there")
+        return None
     if not HUB_ID.fullmatch(path):
         raise InputError(f"there is no folder {path!r}; {REMEDY}")
     return _fetch(path, name)
@@ -60,16 +70,41 @@ def _is_cached(path: str) -> bool:
     return True
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def is_folder(path: str | Path) -> bool:
+    """Tell whether there is such a folder; of a name that no system takes, there is none."""
+    try:
+        return Path(path).is_dir()
+    except OSError:  # too long, a loop of links
+        return False
+
+
+def read_object(file: Path, rules: Mapping[str, Rule] | None = None) -> dict[str, Any]:
     """Return a JSON file's object.
 
+    Args:
+        file: is read as UTF-8.
+        rules: for its fields, see `llava.schema.check`.
+
     Raises:
-        InputError: the file is unreadable or holds something else.
+        InputError: the file is unreadable, far too large, or holds something else.
     """
     try:
+        if file.stat().st_size > LARGEST:
+            raise InputError(f"{str(file)!r} has {file.stat().st_size:,} bytes, which is too much for settings")
         found = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise InputError(f"{str(file)!r} is no readable JSON (nested too deeply)") from error
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
-        raise InputError(f"{str(file)!r} is no readable JSON ({error})") from error
+        raise InputError(f"{str(file)!r} is no readable JSON ({brief(error)})") from error
     if not isinstance(found, dict) or not found:
         raise InputError(f"{str(file)!r} must hold a JSON object with settings")
+    check(found, rules or {}, str(file))
     return found
+
+
+def brief(error: BaseException, longest: int = 200) -> str:
+    """Return what another library's exception says, as much of it as belongs on one line."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= longest else f"{said[:longest]}…"

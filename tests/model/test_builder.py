@@ -1129,6 +1129,58 @@ def test_additions_that_do_not_fit_are_named(
     assert "llava-part" in message
 
 
+def test_a_lora_that_adapts_the_tower_too_is_merged_there(adapter: Adapter, tmp_path: Path) -> None:
+    """Where training saw the tower, peft found layers of the same names in it; a part of them is enough."""
+    own = Adapter(adapter.full, adapter.base)
+    generator = torch.Generator().manual_seed(6)
+    for name in (f"{ATTENTION}.q_proj.weight", f"{TOWER}vision_model.encoder.layers.2.self_attn.v_proj.weight"):
+        width = VISION["hidden_size"]
+        own.factors[name] = tuple(0.3 * torch.randn(s, generator=generator) for s in ((4, width), (width, 4)))
+    state = state_of(load(own.write(tmp_path / "lora"), adapter.base)[1])
+    assert_close(state, own.merged())
+    assert not torch.equal(state[f"{ATTENTION}.q_proj.weight"], own.weights[f"{ATTENTION}.q_proj.weight"])
+
+
+def test_factors_for_a_layer_the_tower_has_not_are_named(adapter: Adapter, tmp_path: Path) -> None:
+    odd = (
+        "base_model.model.model.vision_tower.vision_tower.vision_model.encoder.layers.9.self_attn.q_proj.lora_A.weight"
+    )
+    folder = adapter.write_lora(adapter.write(tmp_path / "lora"), lambda state: state.update({odd: torch.zeros(4, 32)}))
+    assert "encoder.layers.9.self_attn.q_proj" in refusal(folder, adapter.base)
+
+
+def test_an_adapter_alone_loads_on_a_whole_llava(adapter: Adapter, tmp_path: Path) -> None:
+    """Where the projector was not trained further, there is no non_lora_trainables.bin."""
+    folder = adapter.write(tmp_path / "llava-lora")
+    (folder / "non_lora_trainables.bin").unlink()
+    expected = adapter.merged() | {name: adapter.weights[name] for name in adapter.projector}
+    assert_close(state_of(load(folder, adapter.full)[1]), expected)
+
+
+def test_a_rank_beyond_the_file_takes_no_memory(adapter: Adapter, tmp_path: Path) -> None:
+    """A rank of 65536 on a 7B model would be 480 GB of random numbers."""
+    message = refusal(adapter.write_lora(adapter.write(tmp_path / "llava-lora"), r=2**16), adapter.base)
+    assert "llava-lora" in message
+    assert "lora_A" in message
+    assert "r must be an integer" in refusal(adapter.write_lora(tmp_path / "llava-lora", r=10**9), adapter.base)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["adapter", "projector"])
+def test_additions_that_are_not_finite_are_named(where: str, value: float, adapter: Adapter, tmp_path: Path) -> None:
+    folder = adapter.write(tmp_path / "lora")
+    if where == "adapter":
+        name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+        adapter.write_lora(folder, lambda state: state.update({name: torch.full_like(state[name], value)}))
+        named = "model.layers.1.mlp.up_proj.weight"
+    else:
+        named = "model.mm_projector.2.bias"
+        torch.save(adapter.projector | {named: torch.full((64,), value)}, folder / "non_lora_trainables.bin")
+    message = refusal(folder, adapter.base)
+    assert "NaN or infinite" in message
+    assert named in message
+
+
 def drop_one(state: dict[str, Tensor]) -> None:
     state.pop("base_model.model.model.layers.1.mlp.up_proj.lora_B.weight")
 

@@ -4,21 +4,24 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import InputError
-from llava.model.files import HUB_ID, find_file, read_object
+from llava.model.files import HUB_ID, find_file, is_folder, read_object
+from llava.model.settings import PREPROCESSOR, TOWER
+from llava.schema import OBJECT, check
 
 TOWER_REMEDY = "give the folder of the CLIP model as vision_tower (--vision-tower), or in config.json's mm_vision_tower"
-SHAPE = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "projection_dim",
-    "hidden_act",
-    "layer_norm_eps",
-)
+# What a CLIP config that lacks a key means by it.
+DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "projection_dim": 512,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
 
 # The one tower of all published LLaVA-1.5 and LLaVA-NeXT checkpoints, so that those which carry their tower's weights
 # load without a second download. (Shape: the model card of openai/clip-vit-large-patch14-336.)
@@ -45,44 +48,59 @@ def build_vision_tower(config: Any, **kwargs: Any) -> Any:
 def locate_tower(name: str, checkpoint: str) -> str:
     """Return where the tower `name` of a checkpoint is: a folder (as named, or beside the checkpoint) or a hub id."""
     for folder in (Path(name), Path(checkpoint) / name, Path(checkpoint).parent / name):
-        if (folder / "config.json").is_file():
+        if is_folder(folder) and (folder / "config.json").exists():
             return str(folder)
     return name
 
 
 def vision_config(tower: str) -> dict[str, Any]:
-    """Return the vision part of a CLIP config as plain data.
+    """Return the vision part of a CLIP config as plain data, what it leaves out filled in.
 
     Args:
         tower: a folder or a hub id; the shape of a known tower needs neither disk nor network.
 
     Raises:
-        InputError: the config cannot be had.
+        InputError: the config cannot be had, or holds what a tower cannot have.
     """
     if tower in KNOWN_TOWERS:
-        return dict(KNOWN_TOWERS[tower])
+        return DEFAULTS | KNOWN_TOWERS[tower]
     file = find_file(tower, "config.json")
     if file is None:
         raise InputError(f"no config.json at vision tower {tower!r}; {TOWER_REMEDY}")
-    found = read_object(file)
-    found = found.get("vision_config", found)  # a whole CLIP has text and vision
-    return {key: found[key] for key in SHAPE if key in found}
+    found = read_object(file, {"vision_config": OBJECT})
+    return tower_shape(found.get("vision_config", found), str(file))  # a whole CLIP has text and vision
+
+
+def tower_shape(found: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the shape of a tower from its settings, what they leave out filled in.
+
+    Raises:
+        InputError: it holds what a tower cannot have; `source` says where.
+    """
+    check(found, TOWER, source)
+    return {key: found.get(key, default) for key, default in DEFAULTS.items()}
 
 
 def image_processor(tower: str, image_size: int) -> Any:
     """Return CLIP's image processor on PIL, from the tower's files if it has them, else with CLIP's own constants.
 
     Raises:
-        InputError: the tower's preprocessor_config.json is unreadable.
+        InputError: the tower's preprocessor_config.json is unreadable, or makes views of another size.
     """
     from transformers import CLIPImageProcessorPil
 
-    known_or_gone = tower in KNOWN_TOWERS or not (Path(tower).is_dir() or HUB_ID.fullmatch(tower))
+    known_or_gone = tower in KNOWN_TOWERS or not (is_folder(tower) or HUB_ID.fullmatch(tower))
     file = None if known_or_gone else find_file(tower, "preprocessor_config.json")
     if file is None:
         return CLIPImageProcessorPil(
             size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
         )
-    given = read_object(file)
-    known = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor")
-    return CLIPImageProcessorPil(**{key: given[key] for key in known if key in given})
+    given = read_object(file, PREPROCESSOR)
+    processor = CLIPImageProcessorPil(**{key: given[key] for key in PREPROCESSOR if key in given})
+    resized, crop = processor.size, processor.crop_size
+    if resized != {"shortest_edge": image_size} or crop != {"height": image_size, "width": image_size}:
+        raise InputError(
+            f"{str(file)!r} makes views by size {dict(resized)} and crop_size {dict(crop)}, but the tower looks at "
+            f"image_size {image_size}; give a tower whose files belong together"
+        )
+    return processor

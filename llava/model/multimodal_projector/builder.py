@@ -24,7 +24,7 @@ def build_vision_projector(config: Any, delay_load: bool = False, **kwargs: Any)
         return nn.Identity()
     if kind == "linear":
         return nn.Linear(width, hidden)
-    depth = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+    depth = re.fullmatch(r"mlp(\d{1,2})x_gelu", kind)
     if not depth:
         raise InputError(f"unknown mm_projector_type {kind!r} in config.json; known: linear, mlp2x_gelu, identity")
     layers: list[nn.Module] = [nn.Linear(width, hidden)]
