@@ -91,24 +91,25 @@ class _Parser(Exception):
     """Carries the parser of a program out of it."""
 
 
-@pytest.fixture
-def parser_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], OneLineParser]:
-    """Run a program (`python -m` this) as far as its own parser, and return that."""
-
+@cache
+def _parser_of(module: str) -> OneLineParser:
     def found(parser: OneLineParser, *_: Any) -> None:
         raise _Parser(parser)
 
-    def find(module: str) -> OneLineParser:
-        with monkeypatch.context() as patch:
-            patch.setattr(OneLineParser, "parse_args", found)
-            patch.setattr(sys, "argv", [module])
-            for name in (module, f"{module}.__main__"):  # runpy warns of what is there already
-                patch.delitem(sys.modules, name, raising=False)
-            with pytest.raises(_Parser) as caught:
-                runpy.run_module(module, run_name="__main__")
-        return caught.value.args[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OneLineParser, "parse_args", found)
+        patch.setattr(sys, "argv", [module])
+        for name in (module, f"{module}.__main__"):  # runpy warns of what is there already
+            patch.delitem(sys.modules, name, raising=False)
+        with pytest.raises(_Parser) as caught:
+            runpy.run_module(module, run_name="__main__")
+    return caught.value.args[0]
 
-    return find
+
+@pytest.fixture
+def parser_of() -> Callable[[str], OneLineParser]:
+    """Run a program (`python -m` this) as far as its own parser, and return that."""
+    return _parser_of
 
 
 @pytest.fixture

@@ -603,22 +603,22 @@ def as_tensors(number: float) -> Tensor:
 @pytest.mark.parametrize("table", [list, np.array, torch.tensor])
 def test_the_released_names_take_what_the_release_gives_them(number: Any, array: Any, table: Any) -> None:
     """By position, with numbers of Python, tensors and NumPy, and sizes in a list or a table."""
-    grid = AnyResGrid(image_size=(640, 480), crops=(2, 2), side=12)
+    size, crops = (1000, 400), (3, 1)
+    grid = AnyResGrid(image_size=size, crops=crops, side=12)
     scores = (noise(grid, 1.0, 0)[0] * 64).round() / 64  # exact in half precision
     dims = dimensions(grid)
-    assert dims == [(12, 9)] * 4
-    given = [tuple(map(number, size)) for size in dims] if table is list else table(dims)
-    expected = reference.projected(scores.tolist(), (640, 480), (2, 2), 12)
-    sizes = [number(24), number(18), number(2), number(2)]
-    tiles = interpolate_and_split_cls_attn_scores(array(scores), *sizes, given)
+    assert dims == [(9, 12), (12, 12), (9, 12)]
+    given = [tuple(map(number, pair)) for pair in dims] if table is list else table(dims)
+    expected = reference.projected(scores.tolist(), size, crops, 12)
+    tiles = interpolate_and_split_cls_attn_scores(array(scores), *map(number, (30, 12, 3, 1)), given)
     tolerance = 1e-5 if tiles[0].dtype == torch.float32 else 1e-2
     for tile, by_hand in zip(tiles, expected, strict=True):
         assert tile.tolist() == pytest.approx(list(by_hand.values()), abs=tolerance)
 
     ratio, temperature = (0.5, 10.0) if number is int else (np.float64(0.5), torch.tensor(10.0))
-    scales = generate_scale_for_crop_features(array(scores), number(2), number(2), ratio, temperature)
-    sums = reference.region_sums(scores.tolist(), (2, 2), 12)
-    assert scales == pytest.approx(reference.released_ratios(sums, 0.5), abs=1e-9)
+    scales = generate_scale_for_crop_features(array(scores), number(3), number(1), ratio, temperature)
+    expected = reference.released_ratios(reference.region_sums(scores.tolist(), crops, 12), 0.5)
+    assert scales == pytest.approx(expected, abs=1e-9)
     assert all(type(scale) is float for scale in scales)
 
 
