@@ -225,3 +225,15 @@ def test_engines_of_one_model_in_threads(engine, show):
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(lambda machine: plain(ask(machine, groups)), [*fresh, *fresh]))
     assert found == wanted * 2
+
+
+@pytest.mark.parametrize("method", [METHODS[1], "fastv(layer=1, retention_ratio=0.5)"])
+def test_a_pause_between_answers_keeps_nobody_waiting(engine, show, method):
+    groups = [(show(0), texts(0, 3))]
+    machine = engine(method)
+    asked = [machine.ask(n, Question(id=f"q{n}", text=text, image="0.png")) for n, text in enumerate(groups[0][1])]
+    answers = machine.answer([(groups[0][0], asked)])
+    first = next(answers)
+    with ThreadPoolExecutor(1) as pool:
+        others = plain(pool.submit(ask, engine(method), groups).result(timeout=60))
+    assert plain([first, *answers]) == others

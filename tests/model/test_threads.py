@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor
 from transformers import TextIteratorStreamer
 
@@ -273,6 +274,20 @@ def test_a_turn_is_no_part_of_a_model(model: Any, loaded: Any, tmp_path: Any) ->
     read = load_pretrained_model(str(tmp_path), device="cpu", method=str(model.method))[1]
     read.views = model.views
     assert answer(read, 3) == expected
+
+
+def test_layers_that_accelerate_placed(model: Any) -> None:
+    """Their forward is accelerate's, before and afterwards, and so is what that calls."""
+    placed = copy.deepcopy(model)
+    layers = placed.get_model().layers
+    for module in (placed, *layers):
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    found = [(vars(layer)["forward"], vars(layer)["_old_forward"]) for layer in layers]
+    methods = [fitted(name, 0.5) for name in ("ficoco_l", "ficoco_vl", "fastv", "hired")]
+    wanted = [answer(model, i, method) for i, method in enumerate(methods)]
+    assert at_once([lambda i=i, m=m: answer(placed, i, m) for i, m in enumerate(methods)]) == wanted
+    assert [(vars(layer)["forward"], vars(layer)["_old_forward"]) for layer in layers] == found
+    assert [name for name, m in placed.named_modules() if m._forward_hooks or m._forward_pre_hooks] == []
 
 
 def test_others_wait_until_a_block_ends(model: Any) -> None:
