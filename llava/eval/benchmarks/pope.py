@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 from llava.constants import InputError
 from llava.eval.benchmarks._common import JsonlBenchmark, gaps, latest, linearised, mean, official
-from llava.eval.benchmarks._schema import ID, TEXT
+from llava.eval.benchmarks._schema import TEXT
 from llava.eval.benchmarks.base import Result, Row, read_jsonl
 
 REVISION = "e3e3926"
-QUESTION = {"question_id": ID, "image": TEXT, "text": TEXT, "category": TEXT}
 LABEL = {"image": TEXT, "text": TEXT, "label": TEXT}
 CATEGORY = re.compile(r"[\w-]{1,64}")
 Pair = tuple[str, str]
@@ -111,13 +110,13 @@ def judge(rows: Sequence[Row], questions: Path, annotations: Path) -> tuple[dict
 
 def _read_questions(file: Path) -> dict[Key, Pair]:
     asked: dict[Key, Pair] = {}
-    for number, row in enumerate(read_jsonl(file, QUESTION), 1):
-        key = Key(row["question_id"], row["category"])
+    for number, question in enumerate(POPE().questions(file), 1):
+        key = Key(question.id, question.extra.get("category", ""))
         if not CATEGORY.fullmatch(key.category):
             raise InputError(f"{str(file)!r}, question {number}: category {key.category[:40]!r} is no name")
         if key in asked:
             raise InputError(f"{str(file)!r}, question {number}: {key.category} has a question {key.id!r} already")
-        asked[key] = row["image"], _question(row["text"])
+        asked[key] = question.image or "", _question(question.text)
     return asked
 
 
@@ -223,6 +222,7 @@ class POPE(JsonlBenchmark):
     """
 
     name = "pope"
+    layout = {**JsonlBenchmark.layout, "category?": TEXT}
     recorded = ("category",)
     folder = "pope"
     question_file = "llava_pope_test.jsonl"

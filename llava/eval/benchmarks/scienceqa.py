@@ -167,7 +167,7 @@ class ScienceQA(Benchmark):
             prompt = f"{IMAGE}\n{text}" if image else text
             return Question(id=entry["id"], text=text + suffix, image=image, prompt=prompt)
 
-        yield from make_questions(file, entries, ENTRY, make)
+        yield from make_questions(file, entries, ENTRY, {"conversations": [{"value": ""}]}, make)
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:
         """Return the accuracy on questions with a picture and on all; a missing answer is wrong and has no picture."""

@@ -1,5 +1,6 @@
 """POPE: the verdict rules, labels found by pair, F1 by category and its mean."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,23 @@ def test_a_question_without_an_answer_is_left_out_of_its_category(tmp_path: Path
         rows[number - 1]["metadata"] = {"error": "unreadable"} if gone == "error" else {}
     result = get("pope").score([entry for entry in rows if entry["text"] != "gone"], tmp_path)
     assert (result.n, result.metrics["f1_adversarial"]) == (10, 100)
+    assert "2 of 12 questions have no answer; the score is over the others" in result.notes
+
+
+def test_a_question_that_could_not_be_asked_costs_no_other(tmp_path: Path) -> None:
+    write_authors(tmp_path)
+    file = tmp_path / "llava_pope_test.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0] |= {"image": 5}
+    lines[1] |= {"text": None}
+    write_lines(file, lines)
+    asked = list(get("pope").questions(file))
+    assert [bool(question.error) for question in asked] == [True, True] + [False] * 10
+    rows = said(tmp_path, "adversarial, popular, random", "category", "prompt", "image")
+    for entry, question in zip(rows, asked, strict=True):
+        entry["metadata"] |= {"error": question.error} if question.error else {}
+    result = get("pope").score(rows, tmp_path)
+    assert (result.metrics["f1"], result.n) == (100, 10)
     assert "2 of 12 questions have no answer; the score is over the others" in result.notes
 
 
