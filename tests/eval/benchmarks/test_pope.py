@@ -179,6 +179,13 @@ def test_ids_that_begin_anew_in_each_category(tmp_path: Path, fields: tuple[str,
     assert sum(result.per_question.values()) / 12 == pytest.approx(result.metrics["f1"])
 
 
+def test_the_category_is_recorded_only_where_ids_do_not_tell(data: Path, tmp_path: Path) -> None:
+    assert [dict(q.extra) for q in get("pope").questions(data / "llava_pope_test.jsonl")] == [{}] * 6
+    write_authors(tmp_path)
+    asked = get("pope").questions(tmp_path / "llava_pope_test.jsonl")
+    assert [q.extra["category"] for q in asked] == ["adversarial"] * 4 + ["popular"] * 4 + ["random"] * 4
+
+
 def test_prompts_tell_questions_of_one_id_apart(tmp_path: Path) -> None:
     write_authors(tmp_path, shared=False)
     result = get("pope").score(said(tmp_path, "adversarial", "prompt"), tmp_path)
