@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -29,11 +30,15 @@ class JsonlBenchmark(Benchmark):
             told = {"text": row["text"], "image": row.get("image"), "category": str(row.get("category") or "")}
             return Question(id=row["question_id"], extra=extra, **told)
 
-        yield from make_questions(file, read_jsonl(file), self.layout, make)
+        yield from make_questions(file, read_jsonl(file), self.layout, {"text": ""}, make)
 
 
 def make_questions(
-    file: Path, rows: Sequence[Any], layout: Mapping[str, Any], make: Callable[[Row], Question]
+    file: Path,
+    rows: Sequence[Any],
+    layout: Mapping[str, Any],
+    blank: Mapping[str, Any],
+    make: Callable[[Row], Question],
 ) -> list[Question]:
     """Make questions of the entries of a question file; one with a field of a wrong type becomes one with an `error`.
 
@@ -41,6 +46,7 @@ def make_questions(
         file: where they are from.
         rows: the entries.
         layout: what they must be; the first field is the question's id.
+        blank: what stands in for a field of a wrong type in a question that cannot be asked.
         make: turns an entry of this layout into a question.
 
     Raises:
@@ -51,12 +57,16 @@ def make_questions(
     present = {name: ANYTHING for name in layout if not name.endswith("?")} | {key: ID}
     questions = []
     for number, row in enumerate(rows, 1):
-        place = f"{str(file)!r}, question {number}"
-        check(row, present, place)
-        wrong = fault(row, layout)
-        questions.append(Question(id=row[key], text="", error=f"{place}{wrong}") if wrong else make(row))
+        check(row, present, f"{str(file)!r}, question {number}")
+        if wrong := fault(row, layout):
+            bad = {name.removesuffix("?") for name, inner in layout.items() if fault(row, {name: inner})}
+            question = make({**row, **{name: blank.get(name) for name in bad}})
+            error = f"{file.name!r}, question {number}{wrong}"
+            questions.append(replace(question, image=None, error=error))
+        else:
+            questions.append(make(row))
     if questions and all(question.error for question in questions):
-        raise InputError(f"{questions[0].error}, and no other question can be asked either")
+        raise InputError(f"{str(file)!r} has no question that can be asked ({questions[0].error})")
     return questions
 
 

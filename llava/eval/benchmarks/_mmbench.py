@@ -140,7 +140,7 @@ def _rotations(table: Mapping[int, Mapping[str, str]], all_rounds: bool) -> dict
     """Return what must be answered for a question to be right: base index -> (index, round) of all its rotations."""
     members: dict[int, set[tuple[int, int]]] = {}
     for index, row in table.items():
-        rounds = len(choices(row)) if all_rounds else 1
+        rounds = max(1, len(choices(row))) if all_rounds else 1
         members.setdefault(index % ROTATION, set()).update((index, round_id) for round_id in range(rounds))
     return members
 

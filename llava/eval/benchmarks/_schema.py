@@ -80,25 +80,30 @@ def fault(value: Any, layout: Any) -> str | None:
     if isinstance(layout, Listed):
         if not isinstance(value, list | tuple):
             return f" is {_shown(value)}, not a list"
-        if len(value) < layout.least:
-            return f" has {len(value)} entries, not {layout.least} or more"
-        return _first((f"[{place}]", fault(entry, layout.each)) for place, entry in enumerate(value))
+        short = f" has {len(value)} entries, not {layout.least} or more" if len(value) < layout.least else None
+        return short or _part_fault(enumerate(value), layout.each)
     if not isinstance(value, dict):
         return f" is {_shown(value)}, not an object"
-    if isinstance(layout, Every):
-        return _first((f"[{_shown(name)}]", fault(entry, layout.each)) for name, entry in value.items())
-    return _first((f".{name.rstrip('?')}", _field_fault(value, name, inner)) for name, inner in layout.items())
+    return _part_fault(value.items(), layout.each) if isinstance(layout, Every) else _field_fault(value, layout)
 
 
-def _field_fault(value: Mapping[str, Any], name: str, layout: Any) -> str | None:
-    field = name.rstrip("?")
-    if value.get(field) is None and field != name:
-        return None
-    return fault(value[field], layout) if field in value else " is missing"
+def _part_fault(parts: Iterable[tuple[Any, Any]], layout: Any) -> str | None:
+    for place, part in parts:
+        if wrong := fault(part, layout):
+            return f"[{_shown(place)}]{wrong}"
+    return None
 
 
-def _first(found: Iterable[tuple[str, str | None]]) -> str | None:
-    return next((place + wrong for place, wrong in found if wrong is not None), None)
+def _field_fault(value: Mapping[str, Any], layout: Mapping[str, Any]) -> str | None:
+    for name, inner in layout.items():
+        field = name.removesuffix("?")
+        if field not in value:
+            wrong = None if field != name else " is missing"
+        else:
+            wrong = None if value[field] is None and field != name else fault(value[field], inner)
+        if wrong:
+            return f".{field}{wrong}"
+    return None
 
 
 def _shown(value: Any) -> str:

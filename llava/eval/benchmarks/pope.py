@@ -7,17 +7,17 @@ are told apart by category and id, as ids begin anew in every category in the fi
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.constants import InputError
 from llava.eval.benchmarks._common import JsonlBenchmark, gaps, latest, linearised, mean, official
-from llava.eval.benchmarks._schema import ID, TEXT
-from llava.eval.benchmarks.base import Result, Row, read_jsonl
+from llava.eval.benchmarks._schema import TEXT
+from llava.eval.benchmarks.base import Question, Result, Row, read_jsonl
 
 REVISION = "e3e3926"
-QUESTION = {"question_id": ID, "image": TEXT, "text": TEXT, "category": TEXT}
 LABEL = {"image": TEXT, "text": TEXT, "label": TEXT}
 CATEGORY = re.compile(r"[\w-]{1,64}")
 Pair = tuple[str, str]
@@ -111,13 +111,13 @@ def judge(rows: Sequence[Row], questions: Path, annotations: Path) -> tuple[dict
 
 def _read_questions(file: Path) -> dict[Key, Pair]:
     asked: dict[Key, Pair] = {}
-    for number, row in enumerate(read_jsonl(file, QUESTION), 1):
-        key = Key(row["question_id"], row["category"])
+    for number, question in enumerate(POPE().read(file), 1):
+        key = Key(question.id, question.extra.get("category", ""))
         if not CATEGORY.fullmatch(key.category):
             raise InputError(f"{str(file)!r}, question {number}: category {key.category[:40]!r} is no name")
         if key in asked:
             raise InputError(f"{str(file)!r}, question {number}: {key.category} has a question {key.id!r} already")
-        asked[key] = row["image"], _question(row["text"])
+        asked[key] = question.image or "", _question(question.text)
     return asked
 
 
@@ -223,6 +223,7 @@ class POPE(JsonlBenchmark):
     """
 
     name = "pope"
+    layout = {**JsonlBenchmark.layout, "category?": TEXT}
     recorded = ("category",)
     folder = "pope"
     question_file = "llava_pope_test.jsonl"
@@ -239,6 +240,16 @@ class POPE(JsonlBenchmark):
             for name, number in zip(labels, (3000, 3000, 2910), strict=True)
         },
     }
+
+    def read(self, file: Path) -> Sequence[Question]:
+        """Read the question file, every question's category in `extra`."""
+        return list(super().questions(file))
+
+    def questions(self, file: Path, **options: Any) -> Iterator[Question]:
+        """Read the question file; where ids begin anew, the answers file repeats the category beside them."""
+        found = self.read(file)
+        anew = len({question.id for question in found}) < len(found)
+        yield from found if anew else (replace(question, extra={}) for question in found)
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:
         """Return F1, accuracy, precision, recall and share of yes of each category, and the mean F1, all ×100."""

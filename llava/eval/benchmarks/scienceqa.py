@@ -169,7 +169,7 @@ class ScienceQA(Benchmark):
             category = "with a picture" if image else "without"
             return Question(id=entry["id"], text=text + suffix, image=image, prompt=prompt, category=category)
 
-        yield from make_questions(file, entries, ENTRY, make)
+        yield from make_questions(file, entries, ENTRY, {"conversations": [{"value": ""}]}, make)
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:
         """Return the accuracy on questions with a picture and on all, over those that have an answer."""

@@ -214,6 +214,12 @@ def test_a_round_without_an_answer_leaves_its_question_out(tmp_path: Path) -> No
     assert "2 answers belong to no labelled question" in result.notes[1]
 
 
+def test_a_question_without_options_has_no_rounds(tmp_path: Path) -> None:
+    table(tmp_path, THREE | {"index": 5, "A": ""}, TWO)
+    rows = [row(252, letter, round_id=r) for r, letter in enumerate("AB")]
+    assert dict(get("mmbench").score(rows, tmp_path).per_question) == {252: 100}
+
+
 def test_a_rotation_without_a_label_leaves_its_question_out(tmp_path: Path) -> None:
     first, second, third = circle(241, BIG)
     file = table(tmp_path, first, second | {"answer": "AB"}, third | {"answer": ""}, TWO)

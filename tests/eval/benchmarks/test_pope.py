@@ -1,5 +1,6 @@
 """POPE: the verdict rules, labels found by pair, F1 by category and its mean."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,13 @@ def test_ids_that_begin_anew_in_each_category(tmp_path: Path, fields: tuple[str,
     assert sum(result.per_question.values()) / 12 == pytest.approx(result.metrics["f1"])
 
 
+def test_the_category_is_recorded_only_where_ids_do_not_tell(data: Path, tmp_path: Path) -> None:
+    assert [dict(q.extra) for q in get("pope").questions(data / "llava_pope_test.jsonl")] == [{}] * 6
+    write_authors(tmp_path)
+    asked = get("pope").questions(tmp_path / "llava_pope_test.jsonl")
+    assert [q.extra["category"] for q in asked] == ["adversarial"] * 4 + ["popular"] * 4 + ["random"] * 4
+
+
 def test_prompts_tell_questions_of_one_id_apart(tmp_path: Path) -> None:
     write_authors(tmp_path, shared=False)
     result = get("pope").score(said(tmp_path, "adversarial", "prompt"), tmp_path)
@@ -223,6 +231,23 @@ def test_a_question_without_an_answer_is_left_out_of_its_category(tmp_path: Path
     result = get("pope").score([entry for entry in rows if entry["text"] != "gone"], tmp_path)
     assert (result.n, result.metrics["f1_adversarial"]) == (10, 100)
     assert "10 of 12 questions have an answer; the score is over these" in result.notes
+
+
+def test_a_question_that_could_not_be_asked_costs_no_other(tmp_path: Path) -> None:
+    write_authors(tmp_path)
+    file = tmp_path / "llava_pope_test.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0] |= {"image": 5}
+    lines[1] |= {"text": None}
+    write_lines(file, lines)
+    asked = list(get("pope").questions(file))
+    assert [bool(question.error) for question in asked] == [True, True] + [False] * 10
+    rows = said(tmp_path, "adversarial, popular, random", "category", "prompt", "image")
+    for entry, question in zip(rows, asked, strict=True):
+        entry["metadata"] |= {"error": question.error} if question.error else {}
+    result = get("pope").score(rows, tmp_path)
+    assert (result.metrics["f1"], result.n) == (100, 10)
+    assert "2 of 12 questions have no answer; the score is over the others" in result.notes
 
 
 def test_files_in_which_questions_cannot_be_told_apart(data: Path) -> None:
