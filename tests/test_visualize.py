@@ -100,3 +100,28 @@ def test_missing_output_folder_is_said_before_anything_runs(tmp_path, command):
         code, _, err = command(visualize.main, *arguments)
         assert code == 2
         assert "--output" in err
+
+
+def test_a_picture_is_drawn_upright(checkpoint, tmp_path, command):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    drawn = []
+    for name, image, options in (
+        ("sideways", picture(300, 200), {"exif": exif}),
+        ("upright", picture(300, 200).transpose(Image.Transpose.ROTATE_270), {}),
+    ):
+        image.save(tmp_path / f"{name}.png", **options)
+        out = tmp_path / f"{name} kept.png"
+        arguments = ["--model-path", checkpoint(), "--image-file", tmp_path / f"{name}.png", "--output", out]
+        assert command(visualize.main, *arguments)[0] == 0
+        drawn.append(Image.open(out).tobytes())
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("size", [(6000, 1), (1, 6000), (2200, 900)])
+def test_a_drawing_is_of_bounded_size(traced, size):
+    image = picture(*size)
+    views, trace, processor = traced(image)
+    drawn = visualize.draw(image, views, trace, processor)
+    assert drawn.width < 10 * drawn.height
+    assert drawn.width * drawn.height < 10**7
