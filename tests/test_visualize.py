@@ -85,23 +85,6 @@ def test_every_crop_carries_its_ratio(traced, monkeypatch):
     assert written == [f"{k}/24 = {k / 24:.2f}" for k in counts]
 
 
-def test_command_writes_a_png(checkpoint, tmp_path, command):
-    photo, out = tmp_path / "photo.png", tmp_path / "kept.png"
-    picture(300, 200).save(photo)
-    arguments = ["--model-path", checkpoint(), "--image-file", photo, "--output", out, "--method", "uniform"]
-    code, said, _ = command(visualize.main, *arguments)
-    assert (code, said.strip()) == (0, str(out))
-    assert Image.open(out).format == "PNG"
-
-
-def test_missing_output_folder_is_said_before_anything_runs(tmp_path, command):
-    for output in (tmp_path / "no" / "kept.png", tmp_path, tmp_path / "kept.foo"):
-        arguments = ["--model-path", "nosuch", "--image-file", "nosuch.png", "--output", output]
-        code, _, err = command(visualize.main, *arguments)
-        assert code == 2
-        assert "--output" in err
-
-
 def test_a_picture_is_drawn_upright(checkpoint, tmp_path, command):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -125,3 +108,20 @@ def test_a_drawing_is_of_bounded_size(traced, size):
     drawn = visualize.draw(image, views, trace, processor)
     assert drawn.width < 10 * drawn.height
     assert drawn.width * drawn.height < 10**7
+
+
+def test_command_writes_a_png(checkpoint, tmp_path, command):
+    photo, out = tmp_path / "photo.png", tmp_path / "kept.png"
+    picture(300, 200).save(photo)
+    arguments = ["--model-path", checkpoint(), "--image-file", photo, "--output", out, "--method", "uniform"]
+    code, said, _ = command(visualize.main, *arguments)
+    assert (code, said.strip()) == (0, str(out))
+    assert Image.open(out).format == "PNG"
+
+
+def test_missing_output_folder_is_said_before_anything_runs(tmp_path, command):
+    for output in (tmp_path / "no" / "kept.png", tmp_path, tmp_path / "kept.foo"):
+        arguments = ["--model-path", "nosuch", "--image-file", "nosuch.png", "--output", output]
+        code, _, err = command(visualize.main, *arguments)
+        assert code == 2
+        assert "--output" in err
