@@ -67,7 +67,7 @@ def _get(url: str) -> tuple[bytes, str | None]:
     """Return the body at an address, or where it says that the body is."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https"):
-        raise InputError(f"only http and https addresses are, got {parts.scheme or url!r}; download it, give the file")
+        raise InputError(f"only http and https are, got {parts.scheme or url!r}; download it and give the file")
     if not parts.hostname:
         raise InputError("it names no host; check the address")
     if parts.username is not None:
@@ -75,7 +75,7 @@ def _get(url: str) -> tuple[bytes, str | None]:
     host = parts.hostname.encode("idna").decode("ascii") if not parts.hostname.isascii() else parts.hostname
     port = parts.port or (443 if parts.scheme == "https" else 80)
     secure = parts.scheme == "https"
-    with create_connection((_checked(host, port), port), CONNECT_SECONDS) as plain, _within(TOTAL_SECONDS) as clock:
+    with _connect(host, port) as plain, _within(TOTAL_SECONDS) as clock:
         connection = (HTTPSConnection if secure else HTTPConnection)(host, port)
         with _encrypted(plain, host) if secure else plain as connection.sock:
             clock.watched = connection.sock
@@ -86,17 +86,22 @@ def _get(url: str) -> tuple[bytes, str | None]:
                 return _answer(response, clock)
 
 
-def _checked(host: str, port: int) -> str:
-    """Look a host up and return an address of it that may be connected to."""
+def _connect(host: str, port: int) -> socket:
+    """Look a host up once and connect to the first of its addresses that answers, if all of them are the internet's."""
     found = [str(info[4][0]) for info in getaddrinfo(host, port, type=SOCK_STREAM, proto=IPPROTO_TCP)]
-    if env.read(env.LOCAL_URLS) != "1":
-        local = [address for address in found if not is_public(ip_address(address))]
-        if local:
-            raise InputError(
-                f"{host!r} is {local[0]}, an address of this machine, a private network or a special purpose; "
-                f"set {env.LOCAL_URLS}=1 if such are to be fetched from"
-            )
-    return found[0]
+    local = [address for address in found if not is_public(ip_address(address))]
+    if local and env.read(env.LOCAL_URLS) != "1":
+        raise InputError(
+            f"{host!r} is {local[0]}, an address of this machine, a private network or a special purpose; "
+            f"set {env.LOCAL_URLS}=1 if such are to be fetched from"
+        )
+    for number, address in enumerate(found, 1):
+        try:
+            return create_connection((address, port), CONNECT_SECONDS)
+        except OSError:
+            if number == len(found):
+                raise
+    raise InputError(f"{host!r} has no address; check it")
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:

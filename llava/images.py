@@ -1,9 +1,11 @@
 """The one door for pictures: files, addresses, bytes and base64 become RGB pictures of bounded size, or one line."""
 
 import base64
+import logging
+import os
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -41,36 +43,59 @@ PROBLEMS: dict[Any, str] = {
 TURNS = dict(enumerate([Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM], 2)) | dict(
     enumerate([Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90], 5)
 )
+# Of damage Pillow logs, too, which without a handler would come out on stderr.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
-class _Quiet:
-    """While any thread reads a picture, Pillow does not warn of damage, and refuses where it would warn of size.
+class _Shared:
+    """A context of the whole process: the first of the threads in it enters, the last leaves."""
 
-    Filters of warnings belong to the process: the first thread in sets them, the last one out puts them back.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._inside = Lock(), 0
-        self._filters: Any = None
+    def __init__(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self._context, self._lock, self._inside = context, Lock(), 0
+        self._entered: AbstractContextManager[None] = nullcontext()
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._filters = warnings.catch_warnings()
-                self._filters.__enter__()
-                warnings.filterwarnings("ignore", module=r"PIL\.")
-                warnings.filterwarnings("error", category=DecompressionBombWarning)
+                self._entered = self._context()
+                self._entered.__enter__()
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._filters.__exit__(*error)
+                self._entered.__exit__(None, None, None)
 
 
-_quiet = _Quiet()
+@_Shared
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let Pillow not warn of damage, and refuse where it would warn of size."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.filterwarnings("error", category=DecompressionBombWarning)
+        yield
+
+
+@_Shared
+@contextmanager
+def _mute() -> Iterator[None]:
+    """Let nothing reach stderr: libtiff writes there, past Python, what it dislikes about a file."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def load_image(source: Source, exif: bool = False) -> Image.Image:
@@ -112,8 +137,7 @@ def load_image_from_base64(image: str | bytes) -> Image.Image:
     name = f"image of {len(image)} characters in base64"
     with _reading(name):
         picture = Image.open(BytesIO(base64.b64decode(image)), formats=_formats())
-        check_size(picture)
-        picture.load()
+        _load(picture)
         return picture
 
 
@@ -129,9 +153,7 @@ def to_rgb(image: Image.Image, exif: bool = False) -> Image.Image:
     Raises:
         InputError: the picture has no pixels, or too many (see `load_image`).
     """
-    check_size(image)
-    image.load()  # only now a file's mode and size are certain
-    check_size(image)
+    _load(image)
     turn = _turn(image) if exif else None
     if image.mode.startswith("I"):
         image = _eight_bits(image)
@@ -158,6 +180,14 @@ def check_size(image: Image.Image) -> None:
     if width * height > most or max(width, height) > MAX_SIDE:
         limits = f"over {most // 10**6} megapixels or {MAX_SIDE} pixels a side"
         raise InputError(f"image of {width}x{height} pixels: {limits}; make it smaller")
+
+
+def _load(image: Image.Image) -> None:
+    """Decode a picture that is not too large; only then its mode and size are certain."""
+    check_size(image)
+    with _mute if image.format == "TIFF" else nullcontext():
+        image.load()
+    check_size(image)
 
 
 def _find(source: Any) -> tuple[str, Any]:

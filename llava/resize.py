@@ -104,4 +104,5 @@ class _Axis:
         dense[row, self.pixel[row, tap] - place] = self.weights[row, tap]
         total = np.outer(self.weights.sum(1) - dense.sum(1), colour)[None].repeat(len(pixels), 0)  # [A, outputs, 3]
         total[:, touched] += np.tensordot(pixels.astype(np.float64), dense[touched], (1, 1)).swapaxes(1, 2)
-        return np.floor((total + 2 ** (BITS - 1)) / 2**BITS).clip(0, 255).astype(np.uint8)
+        levels: Pixels = np.floor((total + 2 ** (BITS - 1)) / 2**BITS).clip(0, 255).astype(np.uint8)
+        return levels

@@ -223,6 +223,14 @@ def test_the_connection_goes_to_the_address_that_was_checked(monkeypatch):
     assert len(names.answers) == 1
 
 
+def test_every_address_of_a_host_is_tried(monkeypatch):
+    names = Names(monkeypatch, ["2606:4700:4700::1111", "93.184.216.34"])
+    assert "refused" in complaint("http://two.example:8080/cat.png")
+    assert names.connected == [("2606:4700:4700::1111", 8080), ("93.184.216.34", 8080)]
+    Names(monkeypatch, [])
+    assert "has no address" in complaint("http://none.example/")
+
+
 def test_one_local_address_among_others_is_refused(monkeypatch):
     names = Names(monkeypatch, ["93.184.216.34", "10.0.0.7"])
     assert "10.0.0.7" in complaint("http://mixed.example/cat.png")
