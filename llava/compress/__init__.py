@@ -80,7 +80,7 @@ def _parse(spec: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(spec, str):
         raise InputError(f"a method is given by its name or as a call, in text; got {type(spec).__name__}")
     if len(spec) > LONGEST:  # a number may have more digits than can be written out again
-        raise InputError(f"method {spec[:40]!r}… has {len(spec)} characters; write at most {LONGEST}")
+        raise InputError(f"cannot read method {spec[:40]!r}… of {len(spec)} characters; write at most {LONGEST}")
     try:
         node = ast.parse(spec.strip(), mode="eval").body
         if isinstance(node, ast.Name):

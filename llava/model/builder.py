@@ -249,7 +249,8 @@ def _build_config(cls: Any, raw: dict[str, Any]) -> Any:
 def _generation_config(path: str, raw: dict[str, Any]) -> Any:
     """Return how a checkpoint wants to be continued: its generation_config.json's word, else its config's."""
     file = find_file(path, "generation_config.json")
-    return generation_settings(read_object(file), str(file)) if file else generation_settings(raw, "config.json")
+    with quiet():  # of sampling values without do_sample, which published files hold
+        return generation_settings(read_object(file), str(file)) if file else generation_settings(raw, "config.json")
 
 
 def _load_language_model(path: str, raw: dict[str, Any], kwargs: dict[str, Any]) -> Any:
