@@ -1,12 +1,8 @@
 """What came of a run: how far its processes are, all together, and the summary at its end."""
 
-import json
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
-
-import torch.distributed as dist
 
 from llava.eval.benchmarks.base import Row
 from llava.eval.journal import Journal, failed
@@ -95,18 +91,3 @@ def _named(ids: list[Any]) -> str:
         return f"question {ids[0]!r}"
     more = ", …" if len(ids) > NAMED else ""
     return f"{len(ids)} questions: {', '.join(map(repr, ids[:NAMED]))}{more}"
-
-
-def report(found: Row, as_json: bool) -> None:
-    """Print the summary of a run; exit with code 3 if questions could not be asked."""
-    if not found:  # another process reports
-        return
-    if as_json:
-        print(json.dumps(found))
-    else:
-        for key, value in found.items():
-            print(f"{key:14} {len(value) if key == 'errors' else value}")
-        for error in found["errors"]:
-            sys.stderr.write(f"could not ask: {error}\n")
-    if found["errors"] and not dist.is_torchelastic_launched():  # a launcher would report a crash
-        raise SystemExit(3)

@@ -5,6 +5,7 @@ thin doors to it. Exit code 3: the run finished, but some questions could not be
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import shortuuid
+import torch.distributed as dist
 from tqdm import tqdm
 
 from llava.compress.base import Compressor
@@ -21,7 +23,7 @@ from llava.conversation import check_template
 from llava.efficiency.methods import check_reach
 from llava.efficiency.shapes import from_config
 from llava.eval import benchmarks
-from llava.eval.account import Tally, report, summary
+from llava.eval.account import Tally, summary
 from llava.eval.benchmarks.base import Question, Row
 from llava.eval.engine import Answer, Asked, Engine
 from llava.eval.journal import Journal, prompt_of
@@ -31,7 +33,6 @@ from llava.eval.pictures import (
     Picture,
     Pictures,
     Source,
-    check_folder,
     check_paths,
     stream,
     worker_count,
@@ -87,7 +88,6 @@ def select_questions(args: argparse.Namespace) -> tuple[list[Question], list[int
         raise InputError(f"there is no image folder {str(folder)!r}; see scripts/v1_5/eval/check_data.sh")
     if not args.allow_outside:
         check_paths(questions, folder)
-    check_folder(questions, folder)
     asked = set(map(id, questions))
     return whole, [place for place, question in enumerate(whole) if id(question) in asked]
 
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> Row:
         check_template(args.conv_mode)
         questions, wanted = select_questions(args)
         journal = Journal(Path(args.answers_file), configuration(args, config, str(method), questions), questions)
-        with kept_said(journal, wanted):
+        with kept_said(args, journal, wanted):
             return _run(args, method, journal, wanted, ranks)
 
 
@@ -273,6 +273,21 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-outside", action="store_true", help="allow pictures outside the image folder")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     add_method_arguments(parser)
+
+
+def report(found: Row, as_json: bool) -> None:
+    """Print the summary of a run; exit with code 3 if questions could not be asked."""
+    if not found:  # another process reports
+        return
+    if as_json:
+        print(json.dumps(found))
+    else:
+        for key, value in found.items():
+            print(f"{key:14} {len(value) if key == 'errors' else value}")
+        for error in found["errors"]:
+            sys.stderr.write(f"could not ask: {error}\n")
+    if found["errors"] and not dist.is_torchelastic_launched():  # a launcher would report a crash
+        raise SystemExit(3)
 
 
 def _benchmark_of(file: Path) -> str | None:

@@ -10,7 +10,7 @@ import torch
 
 from llava.constants import InputError
 from llava.eval.journal import Found, Journal
-from llava.eval.pictures import about, readable
+from llava.eval.pictures import about, check_folder, readable
 from llava.output import REFUSALS, check_output, refusal
 
 
@@ -32,17 +32,20 @@ def make_plan(args: argparse.Namespace, journal: Journal, wanted: list[int]) -> 
     """See what is there, as the first process of a run; unless everything is done, nobody else may write from now on.
 
     Raises:
-        InputError: the answers file is another run's, or cannot be written.
+        InputError: the answers file is another run's, or cannot be written, or the image folder is a wrong one.
     """
     journal.check_kind()
-    if not args.overwrite and (plan := _look(args, journal, wanted)).finished:
+    plan = Plan(dtype=journal.config["dtype"]) if args.overwrite else _look(args, journal, wanted)
+    if plan.finished:
         return plan
+    if len(plan.done) < len(wanted):
+        check_folder((journal.questions[place] for place in wanted), Path(args.image_folder))
     check_output(journal.file)
     try:
         journal.lock.take()
     except OSError as error:
         raise InputError(refusal(error, journal.file)) from error
-    return Plan(dtype=journal.config["dtype"]) if args.overwrite else _look(args, journal, wanted)
+    return plan if args.overwrite else _look(args, journal, wanted)  # again, as nobody else writes now
 
 
 def _look(args: argparse.Namespace, journal: Journal, wanted: list[int]) -> Plan:
@@ -70,7 +73,7 @@ def _worth_another_try(args: argparse.Namespace, journal: Journal, found: Found,
 
 
 @contextmanager
-def kept_said(journal: Journal, wanted: list[int]) -> Iterator[None]:
+def kept_said(args: argparse.Namespace, journal: Journal, wanted: list[int]) -> Iterator[None]:
     """Say with whatever stops a run what is kept of it, and let go of the journal."""
     try:
         yield
@@ -81,7 +84,8 @@ def kept_said(journal: Journal, wanted: list[int]) -> Iterator[None]:
             kept = len(journal.read().rows.keys() & set(wanted))
         except (InputError, OSError):
             kept = 0
-        note = f"{kept} of {len(wanted)} answers kept; the same command continues"
+        how = "the same command continues" if not args.overwrite else "without --overwrite the same command continues"
+        note = f"{kept} of {len(wanted)} answers kept; {how}"
         if isinstance(error, OSError) and error.errno in REFUSALS:
             raise InputError(f"{refusal(error, error.filename or journal.file)}; {note}") from error
         if _is_out_of_memory(error):

@@ -156,7 +156,6 @@ def eval_model(args: Any) -> None:
     if processor is None:
         raise InputError(f"{args.model_path!r} is a language model without vision; give a LLaVA checkpoint")
     model.method = method
-    sys.stderr.write(start_line(args, model))
     trace = Trace()
     sampling = args.temperature > 0
     answer = ask(
@@ -178,7 +177,7 @@ def eval_model(args: Any) -> None:
         ratio = ledger["images"][0]["requested_ratio"]
         print(json.dumps({"answer": answer, "query": args.query, "retention_ratio": ratio, **ledger}))
     else:
-        sys.stderr.write(describe(ledger, [_label(source) for source in sources]))
+        sys.stderr.write(start_line(args, model) + describe(ledger, [_label(source) for source in sources]))
         print(answer)
 
 

@@ -268,6 +268,14 @@ def test_whatever_stops_a_run_says_what_is_kept(run, tmp_path, monkeypatch, erro
     assert summary(tmp_path)["answered_now"] == 8 - after
 
 
+def test_after_an_overwrite_the_run_goes_on_without(run, monkeypatch):
+    run("--limit", 3)
+    stop = Stop(KeyboardInterrupt(), 2)
+    monkeypatch.setattr(Journal, "write", lambda *args: stop(*args))
+    _, _, err = run("--overwrite", "--batch-size", 1, "--one-by-one")
+    assert err.endswith("2 of 8 answers kept; without --overwrite the same command continues\n")
+
+
 def test_a_defect_keeps_its_traceback_and_says_what_is_kept(run, monkeypatch):
     stop = Stop(ZeroDivisionError("ours"), 2)
     monkeypatch.setattr(Journal, "write", lambda *args: stop(*args))

@@ -86,8 +86,10 @@ def written(file: Path) -> set[int]:
 
 
 def processes_of(run: Started) -> list[int]:
+    """A launcher and the processes it started so far."""
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    return [run.pid, *map(int, children)]
+    started = [number for number in children if "llava.eval.answer" in Path(f"/proc/{number}/cmdline").read_text()]
+    return [run.pid, *map(int, started)]
 
 
 def stop_and_go(start: Start, file: Path, processes: int, moments: int, seed: int, questions: int) -> None:
