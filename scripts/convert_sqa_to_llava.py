@@ -12,11 +12,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from llava.constants import InputError
-from llava.eval.benchmarks._common import official, read_json, write_json
-from llava.eval.benchmarks.scienceqa import IMAGE, LETTERS, ScienceQA
+from llava.eval.benchmarks._common import official, write_json
+from llava.eval.benchmarks._schema import NAME_OR_NONE, TEXT
+from llava.eval.benchmarks.scienceqa import IMAGE, LETTERS, PROBLEM, ScienceQA, read_problems, read_split
 from llava.utils import OneLineParser, run_command
 
 Problem = dict[str, Any]
+LAYOUT = {**PROBLEM, "question": TEXT, "hint?": TEXT, "image?": NAME_OR_NONE, "lecture?": TEXT, "solution?": TEXT}
 
 
 def asked(problem: Problem, order: str) -> str:
@@ -33,7 +35,7 @@ def answered(problem: Problem, order: str) -> str:
     if order == "A":
         return letter
     parts = {"L": problem.get("lecture"), "E": problem.get("solution"), "A": f"The answer is {letter}."}
-    return " ".join(str(parts[part]).strip() for part in order if parts[part])
+    return " ".join(said.strip() for part in order if (said := parts[part]))
 
 
 def convert(key: str, problem: Problem, prompt_format: str) -> Problem:
@@ -64,10 +66,10 @@ def convert_to_llava(base_dir: str | Path, split: str, prompt_format: str = "QCM
         raise InputError(f"unknown prompt format {prompt_format!r}; put letters of QCM, a dash, letters of LEA")
     base = Path(base_dir)
     with official(base / "pid_splits.json", ScienceQA.source):
-        wanted = read_json(base / "pid_splits.json")[split]
+        wanted = read_split(base / "pid_splits.json", split)
     with official(base / "problems.json", ScienceQA.source):
-        problems = read_json(base / "problems.json")
-        entries = [convert(key, problems[key], prompt_format) for key in wanted]
+        problems = read_problems(base / "problems.json", wanted, layout=LAYOUT)
+    entries = [convert(key, problems[key], prompt_format) for key in wanted]
     print(f"Number of samples: {len(entries)}")
     return write_json(base / f"llava_{split}_{prompt_format}.json", entries, 2)[0]
 

@@ -120,7 +120,7 @@ class Engine:
         """Part questions that can be asked from those that cannot."""
         usable, failures = [], []
         for asked in questions:
-            error = picture.error
+            error = asked.question.error or picture.error
             if any(token in asked.question.text for token in (DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)):
                 error = f"the question itself contains {DEFAULT_IMAGE_TOKEN}, which would be read as a picture"
             if error is None:

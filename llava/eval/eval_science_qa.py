@@ -10,7 +10,7 @@ if not __package__:  # run by path
 
 from llava.eval.benchmarks._common import latest, mean, write_json
 from llava.eval.benchmarks.base import read_jsonl
-from llava.eval.benchmarks.scienceqa import LETTERS, Verdict, judge
+from llava.eval.benchmarks.scienceqa import LETTERS, Verdict, coverage, judge
 from llava.utils import OneLineParser, run_command
 
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--options", type=list, default=list(LETTERS), help="letters of the choices, such as ABCDE")
     args = parser.parse_args(argv)
-    answers, _ = latest(read_jsonl(args.result_file))
+    answers, notes = latest(read_jsonl(args.result_file))
     verdicts = judge(answers, args.base_dir, args.split, args.options)
     sides = {side: [v for v in verdicts if v.right == (side == "correct")] for side in ("correct", "incorrect")}
     write_json(args.output_file, {side: [analysis(v, args.options) for v in found] for side, found in sides.items()}, 2)
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     image = 100 * mean(verdict.right for verdict in verdicts if verdict.multimodal)
     counted = f"Total: {len(verdicts)}, Correct: {summary['correct']}"
     print(f"{counted}, Accuracy: {summary['acc']:.2f}%, IMG-Accuracy: {image:.2f}%")
+    sys.stderr.write("".join(f"note: {note}\n" for note in (*notes, *coverage(verdicts))))
 
 
 if __name__ == "__main__":

@@ -33,9 +33,15 @@ class Interval(NamedTuple):
 
 
 def pictures(rows: Iterable[Row]) -> dict[str, str]:
-    """Return which picture the questions of an answers file are about, by question id, as far as the rows say."""
-    named = ((str(row["question_id"]), (row.get("metadata") or {}).get("image")) for row in rows)
-    return {question: image for question, image in named if image}
+    """Return which picture the questions of an answers file are about, by question id, as far as the rows say.
+
+    An id that stands for questions about several pictures is left out.
+    """
+    named: dict[str, set[str]] = {}
+    for row in rows:
+        if image := (row.get("metadata") or {}).get("image"):
+            named.setdefault(str(row["question_id"]), set()).add(image)
+    return {question: images.pop() for question, images in named.items() if len(images) == 1}
 
 
 def interval(

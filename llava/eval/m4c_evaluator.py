@@ -9,7 +9,10 @@ if not __package__:  # run, or imported, by path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llava.eval.benchmarks._common import mean
+from llava.eval.benchmarks._schema import STRING, Listed, check
 from llava.eval.benchmarks._vqa import normalise, vqa_accuracy
+
+ENTRY = {"pred_answer": STRING, "gt_answers": Listed(STRING)}
 
 
 class EvalAIAnswerProcessor:
@@ -28,5 +31,11 @@ class TextVQAAccuracyEvaluator:
         self.answer_processor = EvalAIAnswerProcessor()
 
     def eval_pred_list(self, pred_list: Sequence[Mapping[str, Any]]) -> float:
-        """Return the mean accuracy, in [0, 1], of entries `{"pred_answer": str, "gt_answers": ten strings}`."""
+        """Return the mean accuracy, in [0, 1], of entries `{"pred_answer": str, "gt_answers": ten strings}`.
+
+        Raises:
+            InputError: an entry is something else.
+        """
+        for number, entry in enumerate(pred_list, 1):
+            check(entry, ENTRY, f"entry {number}")
         return mean(vqa_accuracy(entry["pred_answer"], entry["gt_answers"]) for entry in pred_list)

@@ -15,6 +15,7 @@ from torch import Tensor
 from llava.compress import get
 from llava.compress.attention import cls_logits
 from llava.compress.trace import Trace
+from llava.constants import InputError
 from llava.eval import benchmarks, grid
 from llava.eval.benchmarks.base import Result, Row, read_jsonl
 from llava.eval.runs import collect
@@ -140,13 +141,20 @@ def _looked_at(model: Any, processor: Any, image: Any) -> Trace:
 
 
 def percent(result: Result) -> float:
-    """Return a task's score on a scale on which guessing can be told: MME per category, POPE as accuracy."""
+    """Return a task's score on a scale on which guessing can be told: MME per category, POPE as accuracy.
+
+    Raises:
+        InputError: too few answers for the task's number.
+    """
     if result.benchmark == "mme":
         categories = sum(name.endswith("_acc") for name in result.metrics)
         return result.metrics["total"] / (2 * categories)
     if result.benchmark == "pope":
         accuracies = [value for name, value in result.metrics.items() if name.startswith("accuracy_")]
         return sum(accuracies) / len(accuracies)
+    if result.headline not in result.metrics:
+        why = "; ".join(result.notes)
+        raise InputError(f"{result.benchmark} has no {result.headline} ({why}); finish the run first")
     return float(result.metrics[result.headline])
 
 

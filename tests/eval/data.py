@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from llava.eval.benchmarks import get
+
 SHORT = "\nAnswer the question using a single word or phrase."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 SIZES = ((64, 48), (48, 64), (96, 32), (50, 50), (33, 80))
@@ -222,6 +224,47 @@ _MAKERS: dict[str, tuple[str, Callable[[Path, list[Item]], None]]] = {
     "mmbench": ("mmbench", lambda data, items: _mmbench(data, items, "mmbench_dev_20230712.tsv")),
     "mmbench_cn": ("mmbench_cn", lambda data, items: _mmbench(data, items, "mmbench_dev_cn_20231003.tsv")),
     "mmvet": ("mm-vet", _mmvet),
+}
+
+
+def right_answers(name: str, data: Path) -> list[dict[str, Any]]:
+    """Return a row with the right answer to every question of a generated benchmark."""
+    benchmark = get(name)
+    questions = list(benchmark.questions(data / benchmark.question_file))
+    texts = _RIGHT[name](data) if name in _RIGHT else ["A"] * len(questions)
+    return [
+        {"question_id": q.id, **q.extra, "prompt": q.prompt or q.text, "text": text, "metadata": {"image": q.image}}
+        for q, text in zip(questions, texts, strict=True)
+    ]
+
+
+def _loaded(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _right_pope(data: Path) -> list[str]:
+    labels = {e["question_id"]: e["label"] for file in (data / "coco").iterdir() for e in _lines(file)}
+    return [labels[number].capitalize() for number in sorted(labels)]
+
+
+def _right_mme(data: Path) -> list[str]:
+    names = [entry["question_id"] for entry in _lines(data / "llava_mme.jsonl")]
+    return [("Yes", "No")[names[:place].count(name) % 2] for place, name in enumerate(names)]
+
+
+_RIGHT: dict[str, Callable[[Path], list[str]]] = {
+    "vqav2": lambda data: [
+        e["multiple_choice_answer"] for e in _loaded(data / "v2_mscoco_val2014_annotations.json")["annotations"]
+    ],
+    "gqa": lambda data: [e["answer"] for e in _loaded(data / "data" / "testdev_balanced_questions.json").values()],
+    "vizwiz": lambda data: [e["answers"][0]["answer"] for e in _loaded(data / "val.json")],
+    "textvqa": lambda data: [e["answers"][0] for e in _loaded(data / "TextVQA_0.5.1_val.json")["data"]],
+    "pope": _right_pope,
+    "mme": _right_mme,
 }
 
 

@@ -402,3 +402,26 @@ def test_memory_is_flat_with_workers(words, tmp_path):
     assert max(samples) > 4000
     assert late[0] - early[0] < 30_000, "kilobytes"
     assert late[1] - early[1] < 20
+
+
+def test_questions_of_a_wrong_type_are_error_rows_and_stop_no_other(command, tmp_path):
+    data = write_set(tmp_path / "set", n_images=1, per_image=1)
+    file = data / "questions.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0] |= {"text": None}
+    lines[1] |= {"text": "what \ud800?"}
+    lines[2] |= {"image": ["0.png"]}
+    lines += [{"question_id": 1, "text": "what?", "image": "0.png"}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, found, _, err = command("a.jsonl", data=data)
+    assert code == 3
+    assert [row["question_id"] for row in found] == [line["question_id"] for line in lines]
+    errors = [row["metadata"].get("error") for row in found]
+    fields = (".text is null", ".text is 'what \\ud800?'", ".image is a list")
+    for error, field in zip(errors, fields, strict=False):
+        assert f"{file.name}', question" in error
+        assert field in error
+        assert error in err
+    assert errors[-1] is None
+    assert found[-1]["text"]
+    assert command("a.jsonl", data=data)[1] == found, "what is recorded can be gone on from"

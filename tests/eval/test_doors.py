@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from llava.constants import InputError
 from llava.eval import eval_pope, eval_science_qa, eval_textvqa
 from llava.eval.benchmarks import get
 from tests.eval.benchmarks.rows import row, write, write_lines
@@ -85,6 +86,26 @@ def test_pope_says_what_is_amiss_on_stderr(tmp_path: Path, capsys: pytest.Captur
     assert "questions have an answer" in capsys.readouterr().err
 
 
+def test_pope_with_the_authors_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every category has a question 1; right in one of them is not right in all."""
+    lines = [(name, label) for name in ("adversarial", "popular") for label in ("yes", "no")]
+    entries = [{"question_id": 1 + n % 2, "image": "a.jpg", "text": f"Is it {lines[n][1]}?"} for n in range(4)]
+    questions = [entry | {"category": name} for entry, (name, _) in zip(entries, lines, strict=True)]
+    write_lines(tmp_path / "q.jsonl", questions)
+    for start, name in ((0, "adversarial"), (2, "popular")):
+        labels = [entry | {"label": label} for entry, (_, label) in zip(entries[start:], lines[start:], strict=True)]
+        write_lines(tmp_path / f"coco_pope_{name}.json", labels[:2])
+    rows = [row(q["question_id"], text, q["text"]) for q, text in zip(questions, ("Yes", "No") * 2, strict=True)]
+    rows[2]["text"], rows[3]["text"] = "No", "Yes"
+    flags = ["--annotation-dir", tmp_path, "--question-file", tmp_path / "q.jsonl", "--result-file"]
+    named = [entry | {"category": q["category"]} for entry, q in zip(rows, questions, strict=True)]
+    eval_pope.main([str(value) for value in (*flags, write_lines(tmp_path / "a.jsonl", named))])
+    scores = re.findall(r"^F1 score: (\S+)$", capsys.readouterr().out, re.MULTILINE)
+    assert scores == ["1.0", "0.0"]
+    with pytest.raises(InputError, match="do not say which they belong to"):
+        eval_pope.main([str(value) for value in (*flags, write_lines(tmp_path / "b.jsonl", rows))])
+
+
 def test_science_qa(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     problems = {key: {"answer": n, "choices": ["dog", "cat"]} for n, key in enumerate(("7", "8"))}
     write(tmp_path / "problems.json", problems | {"9": problems["7"]})
@@ -93,7 +114,10 @@ def test_science_qa(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--base-dir", tmp_path, "--result-file", results, "--split", "minitest", "--options", "ABC"]
     output = ["--output-file", tmp_path / "o" / "output.json", "--output-result", tmp_path / "o" / "result.json"]
     eval_science_qa.main([str(value) for value in (*flags, *output)])
-    assert capsys.readouterr().out == "Total: 3, Correct: 1, Accuracy: 33.33%, IMG-Accuracy: 50.00%\n"
+    caught = capsys.readouterr()
+    assert caught.out == "Total: 3, Correct: 1, Accuracy: 33.33%, IMG-Accuracy: 50.00%\n"
+    assert [line.split(" ")[1] for line in caught.err.splitlines()] == ["1", "1"]
+    assert "1 of 3 questions have no answer" in caught.err
     written = json.loads((tmp_path / "o" / "output.json").read_text())
     assert written["correct"] == [
         {

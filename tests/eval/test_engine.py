@@ -140,6 +140,18 @@ def test_batches_are_filled_across_images(engine, show, monkeypatch):
     assert seen["generated"] == [8, 8, 8, 8]
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_question_that_cannot_be_asked_says_so_and_stops_no_other(engine, show, one_by_one):
+    machine = engine()
+    bad = machine.ask(0, Question(id=0, text="", error="its text is no string"))
+    good = machine.ask(1, Question(id=1, text="what?", image="0.png"))
+    groups = [(Picture(0), [bad]), (show(1), [good])]
+    first, second = sorted(machine.answer(iter(groups), one_by_one), key=lambda answer: answer.index)
+    assert (first.text, first.error) == ("", "its text is no string")
+    assert second.text
+    assert second.error is None
+
+
 def test_no_more_images_than_a_window_are_held(engine, show):
     machine = engine(batch=2)
     taken = []

@@ -94,3 +94,9 @@ def test_nothing_to_compare() -> None:
         interval({})
     with pytest.raises(InputError, match="share no locally scored question"):
         paired_difference({1: 1.0}, {2: 1.0})
+
+
+def test_an_id_of_several_pictures_names_none() -> None:
+    rows = [{"question_id": 1, "metadata": {"image": name}} for name in ("a.png", "b.png", "a.png")]
+    rows += [{"question_id": 2, "metadata": {"image": "a.png"}}] * 2
+    assert pictures(rows) == {"2": "a.png"}

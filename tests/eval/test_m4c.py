@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +79,21 @@ def test_accuracy_is_the_mean_and_the_unmatched_are_worth_nothing() -> None:
     assert evaluator.eval_pred_list(entries) == pytest.approx((0.6 + 0 + 1 + 0) / 4)
     assert evaluator.eval_pred_list([]) == 0
     assert evaluator.answer_processor("The RED") == "red"
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ({"pred_answer": None, "gt_answers": ["x"] * 10}, "entry 1.pred_answer is null, not a string"),
+        ({"pred_answer": "x", "gt_answers": "x" * 10}, "entry 1.gt_answers is 'xxxxxxxxxx', not a list"),
+        ({"pred_answer": "x", "gt_answers": ["x"] * 9 + [5]}, r"entry 1.gt_answers\[9\] is 5, not a string"),
+        ({"pred_answer": "x"}, "entry 1.gt_answers is missing"),
+        (["x"], "entry 1 is a list, not an object"),
+    ],
+)
+def test_entries_of_another_layout(entry: Any, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        TextVQAAccuracyEvaluator().eval_pred_list([entry])
 
 
 def test_ten_people_are_needed() -> None:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.compress.base import Compressor, Selection, Views
+from llava.constants import InputError
+from llava.eval.benchmarks.base import Result
 from llava.pocket import gates
 from llava.pocket.gates import attention_on_things, controls, coverage, home, patches_of, sight
 from llava.pocket.model import build_tower
@@ -266,3 +268,9 @@ def test_controls_answer_the_whole_the_thumbnail_and_grey(tmp_path: Path) -> Non
         assert figures["mean"] == pytest.approx(sum(figures[task] for task in TASKS) / 10)
     assert (tmp_path / "data-blank" / "truth.json").exists()
     assert {file.parent.parent.name for file in (tmp_path / "out").rglob("*.jsonl")} == {"data", "data-blank"}
+
+
+def test_a_task_without_its_number_is_refused() -> None:
+    result = Result(benchmark="mmbench", metrics={"vanilla": 100.0}, headline="circular", n=0, notes=("2 left out",))
+    with pytest.raises(InputError, match=r"mmbench has no circular \(2 left out\); finish the run first"):
+        gates.percent(result)

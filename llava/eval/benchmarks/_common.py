@@ -3,23 +3,73 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from llava.constants import InputError
+from llava.eval.benchmarks._schema import ANYTHING, ID, NAME, STRING, TEXT, WHOLE, check, fault, parse_json, read_text
 from llava.eval.benchmarks.base import Benchmark, Question, Result, Row, read_jsonl
+
+T = TypeVar("T")
 
 
 class JsonlBenchmark(Benchmark):
     """A benchmark whose question file has one object a line and whose text is asked as it stands."""
 
+    layout: ClassVar[Mapping[str, Any]] = {"question_id": ID, "text": TEXT, "image?": NAME}
+    """Of a line of the question file."""
+    recorded: ClassVar[tuple[str, ...]] = ()
+    """Fields of a question's line that the answers file repeats."""
+
     def questions(self, file: Path, **options: Any) -> Iterator[Question]:
         """Read `question_id, image, text` of every line; options change nothing."""
-        for number, row in enumerate(read_jsonl(file), 1):
-            if "question_id" not in row or not isinstance(row.get("text"), str):
-                raise InputError(f"{str(file)!r}, question {number} has no question_id or no text; get it anew")
-            category = str(row.get("category", ""))
-            yield Question(id=row["question_id"], text=row["text"], image=row.get("image"), category=category)
+
+        def make(row: Row) -> Question:
+            extra = {name: row[name] for name in self.recorded if row.get(name) is not None}
+            category = str(row.get("category") or "")
+            return Question(
+                id=row["question_id"], text=row["text"], image=row.get("image"), extra=extra, category=category
+            )
+
+        yield from make_questions(file, read_jsonl(file), self.layout, {"text": ""}, make)
+
+
+def make_questions(
+    file: Path,
+    rows: Sequence[Any],
+    layout: Mapping[str, Any],
+    blank: Mapping[str, Any],
+    make: Callable[[Row], Question],
+) -> list[Question]:
+    """Make questions of the entries of a question file; one with a field of a wrong type becomes one with an `error`.
+
+    Args:
+        file: where they are from.
+        rows: the entries.
+        layout: what they must be; the first field is the question's id.
+        blank: what stands in for a field of a wrong type in a question that cannot be asked.
+        make: turns an entry of this layout into a question.
+
+    Raises:
+        InputError: an entry is no object, lacks a field or has no usable id, so that its answer could not be recorded;
+            or none can be asked.
+    """
+    key = next(iter(layout))
+    present = {name: ANYTHING for name in layout if not name.endswith("?")} | {key: ID}
+    questions = []
+    for number, row in enumerate(rows, 1):
+        check(row, present, f"{str(file)!r}, question {number}")
+        if wrong := fault(row, layout):
+            bad = {name.removesuffix("?") for name, inner in layout.items() if fault(row, {name: inner})}
+            question = make({**row, **{name: blank.get(name) for name in bad}})
+            error = f"{file.name!r}, question {number}{wrong}"
+            questions.append(replace(question, image=None, error=error))
+        else:
+            questions.append(make(row))
+    if questions and all(question.error for question in questions):
+        raise InputError(f"{str(file)!r} has no question that can be asked ({questions[0].error})")
+    return questions
 
 
 @contextmanager
@@ -31,13 +81,45 @@ def official(file: Path, source: str) -> Iterator[None]:
         raise InputError(f"cannot read {str(file)!r} ({error.strerror}); get it from {source}") from error
     except InputError as error:
         raise error if source in str(error) else InputError(f"{error}; get it from {source}") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{str(file)!r} is not in the official layout ({error!r}); get it from {source}") from error
+    except ValueError as error:
+        raise InputError(f"{str(file)!r} is not in the official layout ({error}); get it from {source}") from error
 
 
-def read_json(file: Path) -> Any:
-    """Read a JSON file; to be called within `official`."""
-    return json.loads(file.read_text(encoding="utf-8"))
+def read_json(file: Path, layout: Any = ANYTHING) -> Any:
+    """Read a JSON file of a layout; to be called within `official`."""
+    value = parse_json(read_text(file))
+    if wrong := fault(value, layout):
+        raise ValueError(f"it{wrong}")
+    return value
+
+
+def unambiguous(pairs: Iterable[tuple[Any, T]]) -> dict[Any, T]:
+    """Return a mapping; to be called within `official`.
+
+    Raises:
+        ValueError: a key comes twice, with different values.
+    """
+    made: dict[Any, T] = {}
+    for key, value in pairs:
+        if made.setdefault(key, value) != value:
+            raise ValueError(f"there are two different labels of {key!r}")
+    return made
+
+
+ANSWER = {
+    "question_id": ID,
+    "text": TEXT,
+    "prompt?": STRING,
+    "metadata?": {"error?": STRING, "image?": STRING},
+    "category?": STRING,
+    "round_id?": WHOLE,
+}
+"""Layout of a row of an answers file, as far as scores look at it."""
+
+
+def reports_error(row: Row) -> bool:
+    """Whether a row of an answers file says why there is no answer."""
+    return bool((row.get("metadata") or {}).get("error"))
 
 
 def by_id(row: Row) -> Any:
@@ -47,7 +129,7 @@ def by_id(row: Row) -> Any:
 
 def by_prompt(row: Row) -> Any:
     """Key of an answer where the questions of a picture share their id."""
-    return row["question_id"], row.get("prompt", "")
+    return row["question_id"], row.get("prompt") or ""
 
 
 def latest(rows: Sequence[Row], key: Callable[[Row], Any] = by_id) -> tuple[dict[Any, Row], list[str]]:
@@ -61,15 +143,27 @@ def latest(rows: Sequence[Row], key: Callable[[Row], Any] = by_id) -> tuple[dict
         key -> row, and notes about what was left out.
 
     Raises:
-        InputError: there is no row, or one without `question_id` or `text`.
+        InputError: there is no row, one without `question_id` or `text`, one with a field of a wrong type, or two
+            that `key` takes for answers to one question though they were asked differently.
     """
     if not rows:
         raise InputError("the answers file holds no answers; run the benchmark first")
     for number, row in enumerate(rows, 1):
         if "question_id" not in row or "text" not in row:
             raise InputError(f"answer {number} has no question_id or no text; give an answers file in LLaVA's format")
-    found = {key(row): row for row in rows}
-    errors = [name for name, row in found.items() if (row.get("metadata") or {}).get("error")]
+        if wrong := fault(row, ANSWER):
+            raise InputError(f"answer {number}{wrong}; give an answers file in LLaVA's format")
+    found: dict[Any, Row] = {}
+    for row in rows:
+        name = key(row)
+        prompts = {found.get(name, row).get("prompt"), row.get("prompt")} - {None, ""}
+        if len(prompts) > 1:
+            raise InputError(
+                f"question {row['question_id']!r} is answered under two prompts; give the answers of one run to "
+                "questions each of which has an id of its own"
+            )
+        found[name] = row
+    errors = [name for name, row in found.items() if reports_error(row)]
     notes = []
     if len(found) < len(rows):
         notes.append(f"{len(rows) - len(found)} of {len(rows)} rows repeat a question; the last answer counts")
@@ -114,6 +208,13 @@ def grouped(values: Mapping[Any, float], groups: Mapping[Any, Iterable[str]]) ->
         for name in groups.get(question, ()):
             members.setdefault(name, []).append(value)
     return {name: mean(members[name]) for name in sorted(members)}
+
+
+def with_groups(
+    main: Mapping[str, float], values: Mapping[Any, float], groups: Mapping[Any, Iterable[str]]
+) -> dict[str, float]:
+    """Return the main numbers, then the mean in every group; a group of the same name does not replace them."""
+    return {**main, **grouped(values, groups), **main}
 
 
 def linearised(headline: float, parts: Sequence[tuple[float, Mapping[Any, float]]]) -> dict[Any, float]:

@@ -6,12 +6,22 @@ chat model when its own rules fail. Answers that name no letter are counted.
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava.eval.benchmarks._common import export_path, gaps, grouped, latest, mean, server_result
-from llava.eval.benchmarks._mmbench_table import LETTERS, asked_in, choices, export_table, is_none, read_table, rotated
+from llava.eval.benchmarks._common import export_path, gaps, latest, mean, server_result, with_groups
+from llava.eval.benchmarks._mmbench_table import (
+    LETTERS,
+    Shown,
+    asked_in,
+    choices,
+    export_table,
+    is_none,
+    pictures,
+    read_table,
+    rotated,
+)
 from llava.eval.benchmarks.base import LETTER, Benchmark, Question, Result, Row
 
 LETTER_CN = "\n请直接回答选项字母。"
@@ -43,7 +53,11 @@ def choice(text: str, offered: Mapping[str, str]) -> str | None:
 
 
 class MMBenchBase(Benchmark):
-    """MMBench dev: right is a question that is answered right in all of its rotations (circular evaluation)."""
+    """MMBench dev: right is a question that is answered right in all of its rotations (circular evaluation).
+
+    A rotation is a row of the table with the question's index plus a multiple of a million, or a round of
+    `all_rounds`. A question of which a rotation has no answer, or a row that reports an error, is left out and counted.
+    """
 
     lang: ClassVar[str] = "en"
     image_folder = ""
@@ -64,50 +78,49 @@ class MMBenchBase(Benchmark):
                 `all_rounds` asks as many times as there are options, which rotate.
         """
         request = LETTER_CN if options.get("lang", self.lang) == "cn" else LETTER
-        for row in read_table(file, self.source):
-            yield from _ask(row, request if options.get("single_pred_prompt") else "", bool(options.get("all_rounds")))
+        suffix = request if options.get("single_pred_prompt") else ""
+        rows = list(read_table(file, self.source))
+        shown = pictures(rows)
+        for row in rows:
+            yield from _ask(row, shown[int(row["index"])], suffix, bool(options.get("all_rounds")))
 
     def unit(self, question: Question) -> int:
         """Keep the rotations of a question together, all of which it takes to be right."""
         return int(question.id) % ROTATION
 
     def score(self, rows: Sequence[Row], data: Path) -> Result:
-        """Return circular and vanilla accuracy, and the circular one by category, from the table's answer column."""
+        """Return circular and vanilla accuracy, and the circular one by category, from the table's answer column.
+
+        Vanilla accuracy is over the answered first rotations. Without a question that has all its answers there is no
+        circular accuracy.
+        """
         answers, notes = latest(rows, asked_in)
         table = {int(row["index"]): row for row in self._light(data)}
+        labelled = {index for index, row in table.items() if row.get("answer") in [*LETTERS]}
         if not any(row.get("answer") for row in table.values()):
             return server_result(self, len(answers), notes, self.source)
-        known = {key: row for key, row in answers.items() if key[0] in table}
-        said = {key: _said(row, table[key[0]], key[1]) for key, row in known.items()}
+        all_rounds = any(asked_in(row)[1] for row in rows)
+        members = _rotations(table, all_rounds)
+        wanted = {key for keys in members.values() for key in keys if key[0] in labelled}
+        said = {key: _said(row, table[key[0]], key[1]) for key, row in answers.items() if key in wanted}
         right = {key: 100.0 * (letter == table[key[0]]["answer"]) for key, letter in said.items()}
-        circular: dict[int, float] = {}
-        for (index, _), value in right.items():
-            base = index % ROTATION
-            circular[base] = min(value, circular.get(base, value))
+        circular = {base: min(right[key] for key in keys) for base, keys in members.items() if right.keys() >= keys}
         once = [value for (index, round_id), value in right.items() if index < ROTATION and round_id == 0]
         vanilla = {"vanilla": mean(once)} if once else {}
-        notes += self._notes(said, gaps(len(table), len({key[0] for key in said}), len(answers) - len(known)))
-        groups = {index: [table[index]["category"]] for index in circular if "category" in table.get(index, {})}
+        notes += gaps(len(wanted), len(said), len(answers) - len(said))
+        begun = {index % ROTATION for index, _ in said}
+        notes += _notes(said.values(), len(begun) - len(circular), max(len(members[base]) for base in begun))
+        firsts = {base: table[min(members[base])[0]] for base in circular}
+        groups = {base: [row["category"]] for base, row in firsts.items() if row.get("category")}
+        overall = {"circular": mean(circular.values())} if circular else {}
         return Result(
             benchmark=self.name,
-            metrics={"circular": mean(circular.values()), **vanilla, **grouped(circular, groups)},
+            metrics=with_groups({**overall, **vanilla}, circular, groups),
             headline="circular",
             n=len(circular),
             notes=tuple(notes),
             per_question=circular,
         )
-
-    def _notes(self, said: Mapping[Any, str | None], coverage: Sequence[str]) -> list[str]:
-        notes = list(coverage)
-        asked = len({(index % ROTATION) for index, _ in said})
-        if len(said) == asked:
-            notes.append("every question was asked once: circular equals vanilla accuracy")
-        unread = sum(letter is None for letter in said.values())
-        if unread:
-            notes.append(
-                f"{unread} answers name no option and count as wrong; letters are read by rule, not by a chat model"
-            )
-        return notes
 
     def _light(self, data: Path) -> Iterator[dict[str, str]]:
         """Read the table without its pictures."""
@@ -123,11 +136,45 @@ class MMBenchBase(Benchmark):
         return export_table(rows, data / self.question_file, export_path(output, f"{self.name}.xlsx"), self.source)
 
 
-def _ask(row: Mapping[str, str], suffix: str, all_rounds: bool) -> Iterator[Question]:
+def _rotations(table: Mapping[int, Mapping[str, str]], all_rounds: bool) -> dict[int, set[tuple[int, int]]]:
+    """Return what must be answered for a question to be right: base index -> (index, round) of all its rotations."""
+    members: dict[int, set[tuple[int, int]]] = {}
+    for index, row in table.items():
+        rounds = max(1, len(choices(row))) if all_rounds else 1
+        members.setdefault(index % ROTATION, set()).update((index, round_id) for round_id in range(rounds))
+    return members
+
+
+def _notes(said: Collection[str | None], incomplete: int, most: int) -> list[str]:
+    """Say what a reader must know.
+
+    Args:
+        said: the letters read.
+        incomplete: questions with an answer to some of their rotations.
+        most: rotations of a question at most.
+    """
+    notes = []
+    if incomplete:
+        notes.append(
+            f"{incomplete} questions are left out of circular accuracy because a rotation of theirs has no answer"
+        )
+    if most == 1:
+        notes.append("every question was asked once: circular equals vanilla accuracy")
+    unread = sum(letter is None for letter in said)
+    if unread:
+        notes.append(
+            f"{unread} answers name no option and count as wrong; letters are read by rule, not by a chat model"
+        )
+    return notes
+
+
+def _ask(row: Mapping[str, str], picture: Shown, suffix: str, all_rounds: bool) -> Iterator[Question]:
     offered = choices(row)
     stem = row["question"] if is_none(row.get("hint")) else f"{row['hint']}\n{row['question']}"
     # Rotations of a question carry the same picture; named by content, it is encoded once.
-    image = hashlib.sha1(row["image"].encode(), usedforsecurity=False).hexdigest()[:20] + ".jpg"
+    data, image = picture.data, None
+    if data is not None:
+        image = hashlib.sha1(data.encode(), usedforsecurity=False).hexdigest()[:20] + ".jpg"
     for round_id in range(len(offered) if all_rounds else 1):
         shown = rotated(offered, round_id)
         text = "\n".join([stem, *(f"{letter}. {option}" for letter, option in zip(LETTERS, shown, strict=False))])
@@ -137,10 +184,11 @@ def _ask(row: Mapping[str, str], suffix: str, all_rounds: bool) -> Iterator[Ques
             id=int(row["index"]),
             text=text + suffix,
             image=image,
-            data=row["image"],
+            data=data,
             prompt=text,
             extra=extra,
-            category=row.get("category", ""),
+            category=row.get("category") or "",
+            error=picture.error,
         )
 
 

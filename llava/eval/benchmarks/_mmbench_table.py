@@ -2,12 +2,13 @@
 
 import csv
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava.constants import InputError
 from llava.eval.benchmarks._common import latest, official
+from llava.eval.benchmarks._schema import check_regular
 from llava.eval.benchmarks.base import Row
 
 LETTERS = "ABCD"
@@ -20,6 +21,9 @@ NOT_SUBMITTED = {"hint", "category", "source", "image", "comment", "l2-category"
 PREDICTION_COLUMN = 6
 CELL_LIMIT = 2**31 - 1
 COLUMNS = {"index", "question", "A", "B", "image"}
+# Longest cell that can name another row instead of carrying a picture, as in VLMEvalKit; no picture is as short.
+REFERENCE = 64
+INDEX_DIGITS = 18
 
 
 def read_table(file: Path, source: str) -> Iterator[dict[str, str]]:
@@ -28,21 +32,66 @@ def read_table(file: Path, source: str) -> Iterator[dict[str, str]]:
     The limit on the length of a cell is raised for the process: a picture is one cell.
 
     Raises:
-        InputError: the file is missing, is no table, lacks a column, or an index is no number.
+        InputError: the file is missing, is no table, lacks a column, or an index is no number or stands there twice.
     """
     csv.field_size_limit(CELL_LIMIT)
-    with official(file, source), file.open(newline="", encoding="utf-8-sig") as stream:
-        table = csv.DictReader(stream, delimiter="\t", restval="")
-        lacking = COLUMNS - set(table.fieldnames or ())
-        if lacking:
-            raise InputError(f"{str(file)!r} has no column {', '.join(sorted(lacking))}; get it from {source}")
-        try:
-            for row in table:
-                if not row["index"].isdecimal():
-                    raise InputError(f"{str(file)!r}, line {table.line_num}: index {row['index'][:20]!r} is no number")
-                yield {name: cell for name, cell in row.items() if name is not None}
-        except csv.Error as error:
-            raise InputError(f"{str(file)!r}, line {table.line_num}: {error}; get it from {source}") from error
+    with official(file, source):
+        check_regular(file)
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            table = csv.DictReader(stream, delimiter="\t", restval="")
+            try:
+                yield from _checked(table)
+            except (csv.Error, ValueError) as error:
+                raise InputError(f"{str(file)!r}, line {table.line_num}: {error}") from error
+
+
+def _checked(table: "csv.DictReader[str]") -> Iterator[dict[str, str]]:
+    """Read the rows of a table, cells beyond the last column left out."""
+    names = table.fieldnames or ()
+    if lacking := COLUMNS - set(names):
+        raise ValueError(f"there is no column {', '.join(sorted(lacking))}")
+    if len(set(names)) < len(names):
+        raise ValueError("two columns have the same name")
+    seen: set[int] = set()
+    for row in table:
+        cell = row["index"]
+        if not cell.isdecimal() or len(cell) > INDEX_DIGITS:
+            raise ValueError(f"index {cell[:20]!r} is no number")
+        if int(cell) in seen:
+            raise ValueError(f"index {cell} stands there twice; answers to it cannot be told apart")
+        seen.add(int(cell))
+        yield {name: cell for name, cell in row.items() if name is not None}
+
+
+class Shown(NamedTuple):
+    """The picture of a row."""
+
+    data: str | None = None
+    """In base64."""
+    error: str | None = None
+    """Why there is none."""
+
+
+def pictures(rows: Iterable[Mapping[str, str]]) -> dict[int, Shown]:
+    """Return the picture of every row by its index; a cell that is another row's index stands for that row's picture.
+
+    Published tables write the picture of a question once and let its rotations name it.
+    """
+    cells = {int(row["index"]): row["image"].strip() for row in rows}
+    return {index: _follow(index, cells) for index in cells}
+
+
+def _follow(index: int, cells: Mapping[int, str]) -> Shown:
+    passed = {index}
+    while cells[index].isdecimal() and len(cells[index]) <= REFERENCE:
+        named = int(cells[index])
+        if named not in cells:
+            return Shown(error=f"the image cell of row {index} names row {named}, which is not in the table")
+        if named in passed:
+            return Shown(error=f"the image cell of row {index} names row {named}, which leads back to it")
+        passed.add(named)
+        index = named
+    return Shown(error=f"row {index} has no picture") if is_none(cells[index]) else Shown(cells[index])
 
 
 def is_none(cell: str | None) -> bool:
@@ -100,19 +149,27 @@ def export_table(rows: Sequence[Row], table: Path, file: Path, source: str) -> l
             "writing xlsx needs openpyxl, which is not installed; pip install 'globalcom2[eval]'"
         ) from error
     answers, _ = latest(rows, asked_in)
+    lines = list(_submitted(table, source, answers))  # all of them, as a book that is begun must be saved
     book = Workbook(write_only=True)
     sheet = book.create_sheet("Sheet1")
-    for number, row in enumerate(read_table(table, source)):
+    for line in lines:
+        sheet.append(_cells(lambda value: WriteOnlyCell(sheet, value), line))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    book.save(file)
+    return [file]
+
+
+def _submitted(table: Path, source: str, answers: Mapping[tuple[int, int], Row]) -> Iterator[list[Any]]:
+    """Return the head of the server's table, then its rows."""
+    names: list[str] = []
+    for row in read_table(table, source):
         kept = {name: cell for name, cell in row.items() if name not in NOT_SUBMITTED}
-        if number == 0:
+        if not names:
             names = list(kept)
             names.insert(PREDICTION_COLUMN, "prediction")
-            sheet.append(names)
+            yield names
         index = int(row["index"])
         answer = answers.get((index, 0))
         values: dict[str, Any] = {name: None if is_none(cell) else cell for name, cell in kept.items()}
         values |= {"index": index, "prediction": str(answer["text"]) if answer else None}
-        sheet.append(_cells(lambda value: WriteOnlyCell(sheet, value), [values[name] for name in names]))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    book.save(file)
-    return [file]
+        yield [values[name] for name in names]

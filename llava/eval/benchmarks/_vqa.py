@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.constants import InputError
-from llava.eval.benchmarks._common import gaps, grouped, mean
+from llava.eval.benchmarks._common import gaps, mean, with_groups
+from llava.eval.benchmarks._schema import TEXT, Listed
 from llava.eval.benchmarks.base import Result
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -85,9 +86,13 @@ class Label(NamedTuple):
     """Answer type, such as `yes/no`, `number` or `other`."""
 
 
+ANNOTATION = {"answers": Listed({"answer": TEXT}), "answer_type?": TEXT}
+"""Layout of an entry of an annotation file of VQAv2 or VizWiz."""
+
+
 def read_label(annotation: Mapping[str, Any]) -> Label:
     """Read one entry of an annotation file of VQAv2 or VizWiz."""
-    return Label([answer["answer"] for answer in annotation["answers"]], annotation.get("answer_type", "other"))
+    return Label([answer["answer"] for answer in annotation["answers"]], annotation.get("answer_type") or "other")
 
 
 def vqa_result(name: str, answers: Mapping[Any, str], labels: Mapping[Any, Label], notes: Sequence[str]) -> Result:
@@ -101,7 +106,8 @@ def vqa_result(name: str, answers: Mapping[Any, str], labels: Mapping[Any, Label
     """
     scored = {key: 100 * vqa_accuracy(text, labels[key].humans) for key, text in answers.items() if key in labels}
     more = gaps(len(labels), len(scored), len(answers) - len(scored))
-    metrics = {"accuracy": mean(scored.values()), **grouped(scored, {key: [labels[key].kind] for key in scored})}
+    kinds = {key: [labels[key].kind] for key in scored}
+    metrics = with_groups({"accuracy": mean(scored.values())}, scored, kinds)
     return Result(
         benchmark=name,
         metrics=metrics,

@@ -1,12 +1,12 @@
 """What a benchmark is: where its questions come from, how they are asked, and what an answer is worth."""
 
-import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.constants import InputError
+from llava.eval.benchmarks._schema import ANYTHING, check, parse_json, read_text
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -32,6 +32,8 @@ class Question:
     """Further fields of the answers file's row."""
     category: str = ""
     """Which part of the benchmark it belongs to, for samples that are spread over all parts."""
+    error: str | None = None
+    """Why it cannot be asked: its row in the answers file says so instead of an answer, and nothing else stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,25 +126,27 @@ def filled(path: Path) -> bool:
     return path.is_file() or (path.is_dir() and next(path.iterdir(), None) is not None)
 
 
-def read_jsonl(file: Path) -> list[Row]:
+def read_jsonl(file: Path, layout: Any = ANYTHING) -> list[Row]:
     """Read a file of one JSON object a line; blank lines are skipped.
 
+    Args:
+        file: the file.
+        layout: what every line must be, as in `_schema`.
+
     Raises:
-        InputError: the file is missing or a line is no object; the message names file and line.
+        InputError: the file cannot be read, or a line is no object of this layout; the message names file and line.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {str(file)!r} ({error})") from error
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
+        place = f"{str(file)!r}, line {number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
-            raise InputError(f"{str(file)!r}, line {number} is no JSON ({error})") from error
+            raise InputError(f"{place} is no JSON ({error})") from error
         if not isinstance(row, dict):
-            raise InputError(f"{str(file)!r}, line {number} is no JSON object")
+            raise InputError(f"{place} is no JSON object")
+        check(row, layout, place)
         rows.append(row)
     return rows

@@ -9,14 +9,17 @@ from llava.eval.benchmarks._common import (
     JsonlBenchmark,
     export_path,
     gaps,
-    grouped,
     latest,
     mean,
     official,
     read_json,
+    with_groups,
     write_json,
 )
+from llava.eval.benchmarks._schema import FLAG, TEXT, Every
 from llava.eval.benchmarks.base import Result, Row
+
+LABELS = Every({"answer": TEXT, "types": {"structural": TEXT}, "isBalanced?": FLAG})
 
 
 class Label(NamedTuple):
@@ -40,7 +43,10 @@ def export_predictions(rows: Sequence[Row], file: Path) -> list[Path]:
 
 
 class GQA(JsonlBenchmark):
-    """Compositional questions about Visual Genome pictures."""
+    """Compositional questions about Visual Genome pictures.
+
+    A question without an answer, or whose row reports an error, is left out and counted.
+    """
 
     name = "gqa"
     folder = "gqa"
@@ -68,7 +74,7 @@ class GQA(JsonlBenchmark):
         }
         notes += gaps(len(labels), len(scored), len(answers) - len(scored))
         groups = {key: _groups(labels[str(key)]) for key in scored}
-        metrics = {"accuracy": mean(scored.values()), **grouped(scored, groups)}
+        metrics = with_groups({"accuracy": mean(scored.values())}, scored, groups)
         return Result(
             benchmark=self.name,
             metrics=metrics,
@@ -82,8 +88,8 @@ class GQA(JsonlBenchmark):
         """Read the balanced questions' labels, from `data/` or the folder of GQA's archive inside it."""
         file = self._label_file(data)
         with official(file, self.source):
-            questions: Mapping[str, Any] = read_json(file)
-            balanced = {key: entry for key, entry in questions.items() if entry.get("isBalanced", True)}
+            questions: Mapping[str, Any] = read_json(file, LABELS)
+            balanced = {key: entry for key, entry in questions.items() if entry.get("isBalanced") is not False}
             labels = {key: Label(entry["answer"], entry["types"]["structural"]) for key, entry in balanced.items()}
         if not labels:
             raise InputError(f"{str(file)!r} holds no balanced questions; get it from {self.source}")

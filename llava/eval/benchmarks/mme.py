@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava.eval.benchmarks._common import JsonlBenchmark, by_prompt, gaps, latest, linearised, mean, official
+from llava.eval.benchmarks._common import (
+    JsonlBenchmark,
+    by_prompt,
+    gaps,
+    latest,
+    linearised,
+    mean,
+    official,
+    unambiguous,
+)
+from llava.eval.benchmarks._schema import read_text
 from llava.eval.benchmarks.base import SHORT_ANSWER, Question, Result, Row
 
 PERCEPTION = (
@@ -66,17 +76,27 @@ def read_labels(release: Path) -> Labels:
         folder = release / category / "questions_answers_YN"
         for file in sorted((folder if folder.exists() else release / category).glob("*.txt")):
             with official(file, MME.source):
-                lines = [line.strip() for line in file.read_text(encoding="utf-8").split("\n")]
-                pairs = [Label(*line.split("\t")) for line in lines if line]
-            labels[Picture(category, file.stem)] = {plain(label.question): label for label in pairs}
+                found = [_read_label(line.strip()) for line in read_text(file).split("\n") if line.strip()]
+                labels[Picture(category, file.stem)] = unambiguous((plain(label.question), label) for label in found)
     with official(release, MME.source):
         if not labels:
             raise FileNotFoundError(2, "no ground truth <category>/*.txt inside")
     return labels
 
 
+def _read_label(line: str) -> Label:
+    cells = line.split("\t")
+    if len(cells) != 2 or cells[1].lower() not in ("yes", "no"):
+        raise ValueError(f"{line[:80]!r} is not a question, a tab, and Yes or No")
+    return Label(*cells)
+
+
 class MME(JsonlBenchmark):
-    """Fourteen abilities; a category is worth acc + acc+, 200 at most. Papers quote the sum over perception."""
+    """Fourteen abilities; a category is worth acc + acc+, 200 at most. Papers quote the sum over perception.
+
+    A picture one of whose questions has no answer, or a row that reports an error, is left out and counted, from acc
+    and acc+ alike.
+    """
 
     name = "mme"
     folder = "MME"

@@ -19,9 +19,11 @@ from llava.eval.benchmarks._common import (
     server_result,
     write_json,
 )
+from llava.eval.benchmarks._schema import TEXT, Every, Listed
 from llava.eval.benchmarks.base import Result, Row
 
 MENTIONS = "mentions.json"
+LABELS = Every(Listed(Listed(TEXT)))
 
 
 def export_answers(rows: Sequence[Row], file: Path) -> list[Path]:
@@ -43,7 +45,11 @@ def mentioned(text: str, things: Sequence[Sequence[str]]) -> list[bool]:
 
 
 class MMVet(JsonlBenchmark):
-    """Open questions that need several abilities at once."""
+    """Open questions that need several abilities at once.
+
+    The grader gets the answers there are; with `mentions.json`, a question without an answer, or whose row reports an
+    error, is left out and counted.
+    """
 
     name = "mmvet"
     folder = "mm-vet"
@@ -62,7 +68,7 @@ class MMVet(JsonlBenchmark):
 
     def _mentioned(self, answers: Mapping[Any, Row], file: Path, notes: list[str]) -> Result:
         with official(file, "whoever made these data"):
-            wanted = {str(key): things for key, things in read_json(file).items()}
+            wanted = {str(key): things for key, things in read_json(file, LABELS).items()}
         known = {key: str(row["text"]) for key, row in answers.items() if str(key) in wanted}
         scored = {key: 100 * mean(mentioned(text, wanted[str(key)])) for key, text in known.items()}
         return Result(

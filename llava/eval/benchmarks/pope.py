@@ -1,20 +1,33 @@
 """POPE (arXiv 2305.10355): does the model see things that are not there? Yes/no questions in three categories.
 
 Differs from the released code in: labels are found by (picture, question), where it pairs line by line and a label file
-of another revision (POPE's HEAD has 3000 random questions, LLaVA's question file 2910) halves F1 in silence.
+of another revision (POPE's HEAD has 3000 random questions, LLaVA's question file 2910) halves F1 in silence; questions
+are told apart by category and id, as ids begin anew in every category in the files of POPE's authors.
 """
 
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.constants import InputError
 from llava.eval.benchmarks._common import JsonlBenchmark, gaps, latest, linearised, mean, official
+from llava.eval.benchmarks._schema import TEXT
 from llava.eval.benchmarks.base import Result, Row, read_jsonl
 
 REVISION = "e3e3926"
+LABEL = {"image": TEXT, "text": TEXT, "label": TEXT}
+CATEGORY = re.compile(r"[\w-]{1,64}")
 Pair = tuple[str, str]
 """Picture and question."""
+
+
+class Key(NamedTuple):
+    """What tells a question apart."""
+
+    id: int | str
+    category: str
 
 
 class Counts(NamedTuple):
@@ -81,35 +94,107 @@ def judge(rows: Sequence[Row], questions: Path, annotations: Path) -> tuple[dict
         annotations: folder of `coco_pope_<category>.json`.
 
     Raises:
-        InputError: a file is missing, or no answer belongs to a label.
+        InputError: a file is missing, no answer belongs to a label, or it cannot be told which question an answer
+            belongs to.
     """
-    answers, notes = latest(rows)
-    asked: dict[str, dict[Any, Pair]] = {}
     with official(questions, POPE.source):
-        for row in read_jsonl(questions):
-            pair = row["image"], row["text"].split("\n")[0].strip()
-            asked.setdefault(row["category"], {})[row["question_id"]] = pair
-    answered = {name: pairs for name, pairs in sorted(asked.items()) if pairs.keys() & answers.keys()}
-    judged = {n: _category(n, pairs, answers, annotations / f"coco_pope_{n}.json") for n, pairs in answered.items()}
+        asked = _read_questions(questions)
+    answers, notes, unknown = _match(rows, asked)
+    labelled = sorted({key.category for key in answers})
+    judged = {name: _category(name, asked, answers, annotations / f"coco_pope_{name}.json") for name in labelled}
     notes += [note for category in judged.values() for note in category.notes]
     scored = sum(len(category.outcomes) for category in judged.values())
-    known = set().union(*asked.values()) if asked else set()
-    notes += gaps(sum(map(len, asked.values())), scored, len(answers.keys() - known))
+    notes += gaps(len(asked), scored, unknown)
     return {name: category for name, category in judged.items() if category.outcomes}, notes
 
 
-def _category(name: str, asked: Mapping[Any, Pair], answers: Mapping[Any, Row], file: Path) -> Category:
+def _read_questions(file: Path) -> dict[Key, Pair]:
+    asked: dict[Key, Pair] = {}
+    for number, question in enumerate(POPE().questions(file), 1):
+        key = Key(question.id, question.extra.get("category", ""))
+        if not CATEGORY.fullmatch(key.category):
+            raise InputError(f"{str(file)!r}, question {number}: category {key.category[:40]!r} is no name")
+        if key in asked:
+            raise InputError(f"{str(file)!r}, question {number}: {key.category} has a question {key.id!r} already")
+        asked[key] = question.image or "", _question(question.text)
+    return asked
+
+
+def _question(text: str) -> str:
+    """Return a question without the requests after it."""
+    return text.split("\n")[0].strip()
+
+
+def _match(rows: Sequence[Row], asked: Mapping[Key, Pair]) -> tuple[dict[Key, Row], list[str], int]:
+    """Find the question of every answer: by id, and by category, picture and prompt where the answer names them.
+
+    Returns:
+        the answers that count, notes about what was left out, and how many answers belong to no question.
+
+    Raises:
+        InputError: answers fit several questions and are not all alike.
+    """
+    named: dict[Any, list[Key]] = defaultdict(list)
+    for key in asked:
+        named[key.id].append(key)
+    seen: Counter[tuple[Key, ...]] = Counter()
+
+    def place(row: Row) -> tuple[tuple[Key, ...], int]:
+        fits = tuple(key for key in named.get(row["question_id"], ()) if _fits(row, key, asked[key]))
+        seen[fits] += 1
+        return fits, 0 if len(fits) == 1 else seen[fits]
+
+    answers, notes = latest(rows, place)
+    found: dict[Key, Row] = {}
+    alike: dict[tuple[Key, ...], list[Row]] = {fits: [] for fits in seen if len(fits) > 1}
+    for (fits, _), row in answers.items():
+        if len(fits) == 1:
+            found[fits[0]] = row
+        elif fits:
+            alike[fits].append(row)
+    for fits, several in alike.items():
+        same = len({verdict(str(row["text"])) for row in several}) == 1
+        if not (same and len(several) == seen[fits] == len(fits)) or found.keys() & set(fits):
+            raise InputError(
+                f"question {fits[0].id!r} is in {', '.join(key.category for key in fits)}, and the answers to it do not"
+                " say which they belong to; answer with llava.eval.answer, which records the category"
+            )
+        found.update(zip(fits, several, strict=True))
+    return found, notes, sum(not fits for fits, _ in answers)
+
+
+def _fits(row: Row, key: Key, pair: Pair) -> bool:
+    """Whether an answer may be to a question of its id, by all that it says about itself."""
+    image, prompt = (row.get("metadata") or {}).get("image"), row.get("prompt")
+    return (
+        row.get("category", key.category) == key.category
+        and image in (None, pair[0])
+        and (not prompt or _question(prompt) == pair[1])
+    )
+
+
+def _category(name: str, asked: Mapping[Key, Pair], answers: Mapping[Key, Row], file: Path) -> Category:
     if not file.exists():
         raise InputError(f"{str(file)!r} is missing; get it from {POPE.source}")
     with official(file, POPE.source):
-        labels = {(row["image"], row["text"].strip()): row["label"] != "no" for row in read_jsonl(file)}
+        labels = _read_labels(file)
+    own = {key: pair for key, pair in asked.items() if key.category == name}
     outcomes = {
-        key: _outcome(verdict(str(answers[key]["text"])), labels[pair])
-        for key, pair in asked.items()
+        key.id: _outcome(verdict(str(answers[key]["text"])), labels[pair])
+        for key, pair in own.items()
         if key in answers and pair in labels
     }
-    notes = _revision(name, set(asked.values()), labels.keys())
-    return Category(outcomes, len(asked), notes)
+    return Category(outcomes, len(own), _revision(name, set(own.values()), labels.keys()))
+
+
+def _read_labels(file: Path) -> dict[Pair, bool]:
+    """Return for every picture and question whether "yes" is right."""
+    labels: dict[Pair, bool] = {}
+    for number, row in enumerate(read_jsonl(file, LABEL), 1):
+        pair, right = (row["image"], row["text"].strip()), row["label"] != "no"
+        if labels.setdefault(pair, right) != right:
+            raise InputError(f"{str(file)!r}, label {number} contradicts an earlier one of the same question")
+    return labels
 
 
 def _outcome(said: bool, true: bool) -> Counts:
@@ -130,9 +215,15 @@ def _revision(name: str, asked: set[Pair], labelled: Iterable[Pair]) -> list[str
 
 
 class POPE(JsonlBenchmark):
-    """Object hallucination on COCO pictures; papers quote the mean F1 of the three categories."""
+    """Object hallucination on COCO pictures; papers quote the mean F1 of the three categories.
+
+    Questions without an answer, and rows that report an error, are left out of their category and counted; a category
+    without any answer is left out of the mean, which says so.
+    """
 
     name = "pope"
+    layout = {**JsonlBenchmark.layout, "category?": TEXT}
+    recorded = ("category",)
     folder = "pope"
     question_file = "llava_pope_test.jsonl"
     image_folder = "val2014"
@@ -161,7 +252,7 @@ class POPE(JsonlBenchmark):
             headline="f1",
             n=sum(len(category.outcomes) for category in judged.values()),
             notes=tuple(notes),
-            per_question=linearised(headline, [(100 / len(judged), _influence(c)) for c in judged.values()]),
+            per_question=linearised(headline, [(100 / len(judged), _influence(n, c)) for n, c in judged.items()]),
         )
 
 
@@ -170,10 +261,11 @@ def _metrics(judged: Mapping[str, Category]) -> dict[str, float]:
     return {f"{m}_{name}": 100 * getattr(category.counts, m) for name, category in judged.items() for m in measures}
 
 
-def _influence(category: Category) -> dict[Any, float]:
+def _influence(name: str, category: Category) -> dict[Any, float]:
     """How much each question moves the category's F1 = 2 TP / (2 TP + FP + FN), to first order."""
     counts = category.counts
     scale = max(1, 2 * counts.tp + counts.fp + counts.fn) / len(category.outcomes)
     return {
-        key: (2 * one.tp - counts.f1 * (2 * one.tp + one.fp + one.fn)) / scale for key, one in category.outcomes.items()
+        Key(question, name): (2 * one.tp - counts.f1 * (2 * one.tp + one.fp + one.fn)) / scale
+        for question, one in category.outcomes.items()
     }

@@ -6,19 +6,23 @@ The question file hands the model OCR tokens; `ocr=False` asks without them. The
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llava.constants import InputError
-from llava.eval.benchmarks._common import JsonlBenchmark, gaps, latest, mean, official, read_json
+from llava.eval.benchmarks._common import JsonlBenchmark, gaps, latest, mean, official, read_json, reports_error
+from llava.eval.benchmarks._schema import ID, TEXT, Listed
 from llava.eval.benchmarks._vqa import vqa_accuracy
 from llava.eval.benchmarks.base import Question, Result, Row
 
 OCR = "Reference OCR token: "
 OLD_OCR = "OCR tokens: "
 OLD_QUESTION = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
+
+
+LABELS = {"data": Listed({"image_id": ID, "question": TEXT, "answers": Listed(TEXT)})}
 
 
 def original_question(prompt: str) -> str:
@@ -45,7 +49,10 @@ def without_ocr(text: str) -> str:
 
 
 class TextVQA(JsonlBenchmark):
-    """Questions whose answer is written in the picture; the questions of a picture share its id."""
+    """Questions whose answer is written in the picture; the questions of a picture share its id.
+
+    A question without an answer, or whose row reports an error, is left out and counted.
+    """
 
     name = "textvqa"
     folder = "textvqa"
@@ -76,13 +83,13 @@ def score_against(rows: Sequence[Row], file: Path) -> Result:
         InputError: the file cannot be read, or a prompt is no TextVQA prompt.
     """
     with official(file, TextVQA.source):
-        entries = read_json(file)["data"]
+        entries = read_json(file, LABELS)["data"]
         labels = {(entry["image_id"], entry["question"].lower()): entry["answers"] for entry in entries}
         copies = Counter((entry["image_id"], entry["question"].lower()) for entry in entries)
-    answers, notes = latest(rows, _each_occurrence())
+    answers, notes = latest(rows, _each_occurrence(copies))
     scored = {}
     for (image, question, occurrence), row in answers.items():
-        if occurrence < copies[image, question]:
+        if (image, question) in labels:
             humans = labels[image, question]
             scored[image, question, occurrence] = 100 * vqa_accuracy(str(row["text"]), humans)
     notes += [_prompt_variant(answers.values()), *gaps(len(entries), len(scored), len(answers) - len(scored))]
@@ -97,14 +104,24 @@ def score_against(rows: Sequence[Row], file: Path) -> Result:
     )
 
 
-def _each_occurrence() -> Callable[[Row], Any]:
-    """Return a key that tells apart equal questions about one picture: two people may have asked the same."""
+def _each_occurrence(copies: Mapping[Any, int]) -> Callable[[Row], Any]:
+    """Return a key that tells apart equal questions about one picture: two people may have asked the same.
+
+    Args:
+        copies: (image id, question) -> how many such questions there are; rows beyond repeat them in turn.
+    """
     seen: Counter[Any] = Counter()
 
     def key(row: Row) -> Any:
-        name = row["question_id"], original_question(row.get("prompt", ""))
+        prompt = row.get("prompt") or ""
+        try:
+            name = row["question_id"], original_question(prompt)
+        except InputError:
+            if not reports_error(row):  # what could not be asked may not be a question
+                raise
+            name = row["question_id"], prompt
         seen[name] += 1
-        return (*name, seen[name] - 1)
+        return (*name, (seen[name] - 1) % copies[name] if copies.get(name) else seen[name])
 
     return key
 

@@ -13,12 +13,15 @@ from llava.eval.benchmarks._common import (
     official,
     read_json,
     server_result,
+    unambiguous,
     write_json,
 )
-from llava.eval.benchmarks._vqa import Label, normalise, read_label, vqa_result
+from llava.eval.benchmarks._schema import TEXT, Listed
+from llava.eval.benchmarks._vqa import ANNOTATION, Label, normalise, read_label, vqa_result
 from llava.eval.benchmarks.base import Question, Result, Row
 
 VAL_QUESTIONS = "llava_val.jsonl"
+LABELS = Listed({"image": TEXT, "question": TEXT, **ANNOTATION})
 Labels = Mapping[str, Mapping[str, Label]]
 """Picture -> question -> label."""
 
@@ -31,7 +34,10 @@ class _Asked(NamedTuple):
 
 
 class VizWiz(JsonlBenchmark):
-    """Open questions about pictures taken by blind people."""
+    """Open questions about pictures taken by blind people.
+
+    Scored here, a question without an answer, or whose row reports an error, is left out and counted.
+    """
 
     name = "vizwiz"
     folder = "vizwiz"
@@ -68,8 +74,10 @@ class VizWiz(JsonlBenchmark):
         labels: dict[str, dict[str, Label]] = {}
         if file.exists():
             with official(file, self.source):
-                for entry in read_json(file):
-                    labels.setdefault(entry["image"], {})[entry["question"].strip()] = read_label(entry)
+                entries = read_json(file, LABELS)
+                found = unambiguous(((e["image"], e["question"].strip()), read_label(e)) for e in entries)
+            for (image, question), label in found.items():
+                labels.setdefault(image, {})[question] = label
         return labels
 
     def _asked(self, file: Path, answers: Mapping[Any, Row]) -> dict[Any, _Asked]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llava.eval.benchmarks._common import (
     JsonlBenchmark,
@@ -10,16 +11,23 @@ from llava.eval.benchmarks._common import (
     official,
     read_json,
     server_result,
+    unambiguous,
     write_json,
 )
-from llava.eval.benchmarks._vqa import Label, normalise, read_label, vqa_result
+from llava.eval.benchmarks._schema import ID, Listed
+from llava.eval.benchmarks._vqa import ANNOTATION, Label, normalise, read_label, vqa_result
 from llava.eval.benchmarks.base import Result, Row, read_jsonl
 
 FULL_TEST = "llava_vqav2_mscoco_test2015.jsonl"
 
+LABELS = {"annotations": Listed({"question_id": ID, **ANNOTATION})}
+
 
 class VQAv2(JsonlBenchmark):
-    """Open questions about COCO pictures."""
+    """Open questions about COCO pictures.
+
+    Scored here, a question without an answer, or whose row reports an error, is left out and counted.
+    """
 
     name = "vqav2"
     folder = "vqav2"
@@ -41,11 +49,12 @@ class VQAv2(JsonlBenchmark):
             return server_result(self, len(answers), notes, "EvalAI, VQA Challenge (test-dev)")
         return vqa_result(self.name, {key: str(row["text"]) for key, row in answers.items()}, labels, notes)
 
-    def _labels(self, file: Path) -> dict[int, Label]:
+    def _labels(self, file: Path) -> dict[Any, Label]:
         if not file.exists():
             return {}
         with official(file, self.source):
-            return {entry["question_id"]: read_label(entry) for entry in read_json(file)["annotations"]}
+            annotations = read_json(file, LABELS)["annotations"]
+            return unambiguous((entry["question_id"], read_label(entry)) for entry in annotations)
 
     def export(self, rows: Sequence[Row], data: Path, output: Path) -> list[Path]:
         """Write EvalAI's `[{question_id, answer}]` over the full test set, `""` where there is no answer."""
@@ -60,6 +69,6 @@ def export_test(rows: Sequence[Row], questions: Path, file: Path) -> list[Path]:
     """
     answers, _ = latest(rows)
     with official(questions, VQAv2.source):
-        asked = [row["question_id"] for row in read_jsonl(questions)]
+        asked = [row["question_id"] for row in read_jsonl(questions, {"question_id": ID})]
     texts = {key: normalise(str(row["text"])) for key, row in answers.items()}
     return write_json(file, [{"question_id": key, "answer": texts.get(key, "")} for key in asked])

@@ -1,13 +1,15 @@
 """What holds for every benchmark: questions of generated data, missing files, empty and foreign answers."""
 
+import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llava.constants import InputError
 from llava.eval.benchmarks import available, get
-from tests.eval.benchmarks.rows import failed, row
-from tests.eval.data import write_benchmark
+from tests.eval.benchmarks.rows import failed, row, write
+from tests.eval.data import right_answers, write_benchmark
 
 TEN = ["gqa", "mmbench", "mmbench_cn", "mme", "mmvet", "pope", "scienceqa", "textvqa", "vizwiz", "vqav2"]
 FOLDERS = {
@@ -116,3 +118,85 @@ def test_a_question_file_with_a_hole(tmp_path: Path) -> None:
     file.write_text('{"question_id": 1, "text": "What?"}\n{"question_id": 2}\n')
     with pytest.raises(InputError, match=r"questions\.jsonl', question 2"):
         list(get("gqa").questions(file))
+
+
+def with_rotations(file: Path) -> None:
+    """Add to a table of MMBench two rotations of every question, which name the row that carries the picture."""
+    with file.open(newline="", encoding="utf-8") as stream:
+        table = csv.DictReader(stream, delimiter="\t")
+        rows, columns = list(table), list(table.fieldnames or ())
+    for entry in rows[:]:
+        options = [entry[letter] for letter in "ABC"]
+        for turn in (1, 2):
+            moved = dict(zip("ABC", options[turn:] + options[:turn], strict=True))
+            index, named = int(entry["index"]) + turn * 1_000_000, int(entry["index"]) + (turn - 1) * 1_000_000
+            rows.append({**entry, **moved, "index": index, "answer": "ABC"[-turn], "image": named})
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns, delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def answered(name: str, root: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """Data with groups as in the published files, and the right answer to every question."""
+    data = write_benchmark(name, root, n_images=28 if name == "mme" else 4, per_image=2)
+    if name.startswith("mmbench"):
+        with_rotations(data / get(name).question_file)
+    if name == "mmvet":
+        write(data / "mentions.json", {str(number): [["a"]] for number in range(8)})
+    rows = right_answers(name, data)
+    for entry in rows if name.startswith("mmbench") else ():
+        entry["text"] = "ABC"[-(entry["question_id"] // 1_000_000) % 3]
+    return data, rows
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_right_answers_are_all_right(name: str, tmp_path: Path) -> None:
+    data, rows = answered(name, tmp_path)
+    result = get(name).score(rows, data)
+    full = 2000 if name == "mme" else 100
+    assert result.metrics[result.headline] == pytest.approx(full)
+    assert not any("have an answer" in note or "left out" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "member"), [*((name, 0) for name in TEN), ("mme", 1), ("mmbench", -1), ("mmbench_cn", -1)]
+)
+def test_what_is_scored_in_groups_counts_only_with_all_its_answers(name: str, member: int, tmp_path: Path) -> None:
+    """A question's rotations, a picture's pair, or a question alone: left out and counted, never right.
+
+    The others keep their worth, in ScienceQA's accuracy over all too.
+    """
+    data, rows = answered(name, tmp_path)
+    before, gone = get(name).score(rows, data), rows[member]
+    others = [entry for entry in rows if entry is not gone]
+    error = {**gone, "text": "", "metadata": {"error": "unreadable"}}
+    for given in (others, [*others, error], [*rows, error]):  # no answer, an error, an error after an answer
+        result = get(name).score(given, data)
+        assert result.metrics[result.headline] == pytest.approx(before.metrics[before.headline])
+        assert len(set(before.per_question) - set(result.per_question)) == 1
+        assert before.n - result.n == (2 if name == "mme" else 1)
+        assert any("questions have an answer" in note for note in result.notes)
+        assert any("report an error" in note for note in result.notes) == (error in given)
+        if name == "scienceqa":
+            assert result.metrics["accuracy"] == 100
+        if name.startswith("mm") and name != "mmvet":
+            assert any("left out" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("name", ["mmbench", "mmbench_cn", "mme"])
+def test_a_group_does_not_become_right_by_losing_its_wrong_member(name: str, tmp_path: Path) -> None:
+    data, rows = answered(name, tmp_path)
+    rows[1]["text"] = "Yes" if name == "mme" else "D"
+    worth = get(name).score(rows, data).per_question
+    wrong = min(worth, key=lambda key: worth[key])
+    assert wrong not in get(name).score([rows[0], *rows[2:]], data).per_question
+
+
+@pytest.mark.parametrize("name", ["mmbench", "mmbench_cn"])
+def test_always_the_same_letter_is_never_right_in_a_circle(name: str, tmp_path: Path) -> None:
+    """Rotated rows name the row that carries their picture: they are asked like all others."""
+    data, rows = answered(name, tmp_path)
+    assert not any(q.error for q in get(name).questions(data / get(name).question_file))
+    result = get(name).score([{**entry, "text": "A"} for entry in rows], data)
+    assert (result.metrics["circular"], result.metrics["vanilla"], result.n) == (0, 100, 8)

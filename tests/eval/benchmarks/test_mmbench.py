@@ -122,6 +122,121 @@ def test_rotations_within_the_official_table(tmp_path: Path) -> None:
     assert (result.metrics["circular"], result.metrics["vanilla"], result.n) == (50, 100, 2)
 
 
+def circle(index: int, image: str, *others: str) -> list[dict[str, Any]]:
+    """A question with its three rotations; the right option is bee, the picture is in the first row."""
+    turns = (("ant", "bee", "cow", "B"), ("bee", "cow", "ant", "A"), ("cow", "ant", "bee", "C"))
+    cells = (image, *(others or [str(index)] * 2))
+    return [
+        THREE | {"index": index + n * 1_000_000, "A": a, "B": b, "C": c, "answer": letter, "image": cells[n]}
+        for n, (a, b, c, letter) in enumerate(turns)
+    ]
+
+
+def answers(file: Path, text: str) -> list[dict[str, Any]]:
+    return [row(q.id, text, q.prompt or "", **q.extra) for q in get("mmbench").questions(file) if q.error is None]
+
+
+def test_rotated_rows_may_name_the_row_that_carries_their_picture(tmp_path: Path) -> None:
+    file = table(tmp_path, *circle(241, BIG), *circle(7, "2000007", "7", "QUJD"))
+    asked = list(get("mmbench").questions(file))
+    assert [q.data for q in asked] == [BIG] * 3 + ["QUJD"] * 3
+    assert len({q.image for q in asked}) == 2
+    assert not any(q.error for q in asked)
+    always = get("mmbench").score(answers(file, "A"), tmp_path)
+    assert (always.metrics["circular"], always.metrics["vanilla"], always.n) == (0, 0, 2)
+    bee = get("mmbench").score(answers(file, "it is a bee"), tmp_path)
+    assert (bee.metrics["circular"], bee.n, bee.notes) == (100, 2, ())
+
+
+@pytest.mark.parametrize(
+    ("cells", "error"),
+    [
+        ({0: "QUJD", 1_000_000: "9"}, "the image cell of row 1000000 names row 9, which is not in the table"),
+        ({0: "QUJD", 1_000_000: "1" * 64}, f"names row {'1' * 64}, which is not in the table"),
+        ({1: "9", 1_000_001: "1"}, "the image cell of row 1 names row 9, which is not in the table"),
+        ({1: "2", 2: "3", 3: "2"}, "names row 2, which leads back to it"),
+        ({5: "5"}, "the image cell of row 5 names row 5, which leads back to it"),
+        ({5: " 6 ", 6: ""}, "row 6 has no picture"),
+    ],
+)
+def test_a_picture_that_is_nowhere_is_an_error_row(tmp_path: Path, cells: dict[int, str], error: str) -> None:
+    file = table(tmp_path, *({**THREE, "index": index, "image": image} for index, image in cells.items()))
+    asked = list(get("mmbench").questions(file, all_rounds=True))
+    assert len(asked) == 3 * len(cells)
+    bad = [q for q in asked if q.error]
+    assert error in str(bad[0].error)
+    assert all((q.image, q.data) == (None, None) for q in bad)
+    assert all(q.prompt == q.text for q in bad if q.extra["round_id"] == 0)
+
+
+def test_many_digits_are_a_picture_that_cannot_be_read(tmp_path: Path) -> None:
+    (question,) = get("mmbench").questions(table(tmp_path, THREE | {"image": "1" * 65}))
+    assert (question.data, question.error) == ("1" * 65, None)
+
+
+def test_a_chain_as_long_as_the_table(tmp_path: Path) -> None:
+    rows = [THREE | {"index": n, "image": str(n + 1)} for n in range(600)] + [THREE | {"index": 600}]
+    assert {q.data for q in get("mmbench").questions(table(tmp_path, *rows))} == {"QUJD"}
+
+
+@pytest.mark.parametrize("missing", ["unanswered", "error"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_question_without_all_its_rotations_is_left_out_never_right(tmp_path: Path, which: int, missing: str) -> None:
+    file = table(tmp_path, *circle(241, BIG), *circle(7, BIG))
+    rows = answers(file, "a bee")
+    rows[which : which + 1] = [] if missing == "unanswered" else [failed(rows[which]["question_id"])]
+    result = get("mmbench").score(rows, tmp_path)
+    assert (dict(result.per_question), result.n, result.metrics["x"]) == ({7: 100}, 1, 100)
+    assert "5 of 6 questions have an answer; the score is over these" in result.notes
+    (note,) = [note for note in result.notes if "circular" in note]
+    assert note == "1 questions are left out of circular accuracy because a rotation of theirs has no answer"
+
+
+def test_first_rotations_alone_have_no_circular_accuracy(tmp_path: Path) -> None:
+    file = table(tmp_path, *circle(241, BIG), *circle(7, BIG))
+    result = get("mmbench").score(answers(file, "B")[::3], tmp_path)
+    assert (dict(result.metrics), result.headline, result.n) == ({"vanilla": 100}, "circular", 0)
+    assert "2 questions are left out" in result.notes[1]
+
+
+def test_a_round_without_an_answer_leaves_its_question_out(tmp_path: Path) -> None:
+    table(tmp_path, THREE, TWO)
+    rows = [row(241, text, round_id=r) for r, text in enumerate(("B", "A"))]
+    rows += [
+        row(252, "A", round_id=0),
+        row(252, "B", round_id=1),
+        row(252, "B", round_id=2),
+        row(252, "B", round_id=-1),
+    ]
+    result = get("mmbench").score(rows, tmp_path)
+    assert dict(result.per_question) == {252: 100}
+    assert "1 questions are left out" in result.notes[2]
+    assert "2 answers belong to no labelled question" in result.notes[1]
+
+
+def test_a_question_without_options_has_no_rounds(tmp_path: Path) -> None:
+    table(tmp_path, THREE | {"index": 5, "A": ""}, TWO)
+    rows = [row(252, letter, round_id=r) for r, letter in enumerate("AB")]
+    assert dict(get("mmbench").score(rows, tmp_path).per_question) == {252: 100}
+
+
+def test_a_rotation_without_a_label_leaves_its_question_out(tmp_path: Path) -> None:
+    first, second, third = circle(241, BIG)
+    file = table(tmp_path, first, second | {"answer": "AB"}, third | {"answer": ""}, TWO)
+    result = get("mmbench").score(answers(file, "a bee"), tmp_path)
+    assert set(result.per_question) == {252}
+
+
+def test_categories_do_not_replace_the_numbers_they_share_a_name_with(tmp_path: Path) -> None:
+    table(tmp_path, THREE | {"category": "circular"}, TWO)
+    assert get("mmbench").score([row(241, "B"), row(252, "B")], tmp_path).metrics["circular"] == 50
+
+
+def test_an_index_that_stands_there_twice(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="line 3: index 0241 stands there twice"):
+        list(get("mmbench").questions(table(tmp_path, THREE, THREE | {"index": "0241"})))
+
+
 def test_a_table_without_answers_is_the_servers(tmp_path: Path) -> None:
     table(tmp_path, THREE, without="answer")
     assert get("mmbench").score([row(241, "B")], tmp_path).scored == "server"

@@ -97,6 +97,19 @@ def test_a_question_asked_by_two_people_counts_twice(tmp_path: Path) -> None:
     assert get("textvqa").score([row("7", "1999", prompt), row("7", "1999", prompt.upper())], tmp_path).n == 2
 
 
+def test_of_several_answers_to_a_question_the_last_counts(data: Path) -> None:
+    rows = [row("77", text, "what year?" + SHORT) for text in ("1", "1999")]
+    result = get("textvqa").score(rows, data)
+    assert (result.metrics["accuracy"], result.n) == (100, 1)
+    assert "1 of 2 rows repeat a question" in result.notes[0]
+
+
+def test_a_row_that_reports_an_error_needs_no_question(data: Path) -> None:
+    result = get("textvqa").score([row("77", "1999", "what year?" + SHORT), failed("003a"), failed("x")], data)
+    assert (result.metrics["accuracy"], result.n) == (100, 1)
+    assert "2 rows report an error" in result.notes[0]
+
+
 def test_a_prompt_that_is_none_of_textvqas(data: Path) -> None:
     with pytest.raises(InputError, match="no TextVQA question"):
         get("textvqa").score([row("003a", "x", "what year?")], data)
