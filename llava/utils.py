@@ -10,7 +10,7 @@ from llava.compress import available
 from llava.constants import InputError
 from llava.endings import run_command as run_command
 from llava.output import check_output as check_output
-from llava.output import draft_of as draft_of
+from llava.output import draft_of
 from llava.output import write_whole as write_whole
 
 

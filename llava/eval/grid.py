@@ -14,6 +14,7 @@ from llava.compress import get
 from llava.constants import OutOfReach
 from llava.eval import answer, benchmarks
 from llava.eval.published import COLUMNS, UPPER
+from llava.interrupts import kept
 from llava.utils import OneLineParser, at_least, ratio_argument, run_command
 
 # What the benchmarks' scripts give besides.
@@ -83,7 +84,9 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run the command."""
-    run(build_parser().parse_args())
+    args = build_parser().parse_args()
+    with kept(f"the answers in {str(args.out)!r} are kept; the same command continues"):
+        run(args)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from llava.compress import get
 from llava.constants import InputError
 from llava.eval.published import UPPER
 from llava.eval.table import Key, add_run_arguments, collect, compare
+from llava.output import check_output
 from llava.utils import OneLineParser, new_figure, run_command, save_figure
 
 Curves = dict[str, list[tuple[float, float]]]
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--field", help="draw against this field of a method instead of the ratio")
     parser.add_argument("--log", action="store_true", help="logarithmic x axis")
     args = parser.parse_args()
+    check_output(args.output)
     rows = compare(collect(args.root, args.data or args.root, args.model_path))
     curves = against_field(rows, args.field) if args.field else against_ratio(rows)
     draw(curves, args.field or "retention ratio (%)", args.output, args.log)

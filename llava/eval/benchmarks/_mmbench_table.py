@@ -9,6 +9,7 @@ from typing import Any
 from llava.constants import InputError
 from llava.eval.benchmarks._common import latest, official
 from llava.eval.benchmarks.base import Row
+from llava.output import draft_of
 
 LETTERS = "ABCD"
 # What pandas, with which upstream reads the table, takes for an empty cell.
@@ -113,6 +114,6 @@ def export_table(rows: Sequence[Row], table: Path, file: Path, source: str) -> l
         values: dict[str, Any] = {name: None if is_none(cell) else cell for name, cell in kept.items()}
         values |= {"index": index, "prediction": str(answer["text"]) if answer else None}
         sheet.append(_cells(lambda value: WriteOnlyCell(sheet, value), [values[name] for name in names]))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    book.save(file)
+    with draft_of(file) as draft:
+        book.save(draft)
     return [file]
