@@ -19,6 +19,15 @@ ROOT = Path(__file__).parents[1]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal():
+    """Signals as a terminal leaves them, wherever the tests are run."""
+    before = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)]
+    yield
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
 def ended(command, capsys):
     """Exit code and standard error of a command; nothing is on standard output."""
     before = [signal.getsignal(number) for number in SIGNALS]

@@ -3,6 +3,7 @@
 #   LIMIT first N questions  OUT, DATA (playground/data/eval)  BATCH (8)  NUM_PROCESSES (one per CUDA_VISIBLE_DEVICES)
 #   PYTHON (.venv/bin/python, else python3)  DRY_RUN=1 prints the commands
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_attend.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 
 CKPT=${CKPT:-./liuhaotian/llava-next-7b}
@@ -21,14 +22,14 @@ ratio=${RATIO:-${LLAVA_RETENTION_RATIO:-$line_101}}
 [[ $METHOD != none ]] || ratio=1.0
 label=$(printf '%s' "$METHOD-$ratio${PROFILE:+-$PROFILE}${OCR:+-ocr$OCR}${LIMIT:+-first$LIMIT}" | tr -c 'A-Za-z0-9.=-' '_')
 
-[[ -n ${DRY_RUN:-} ]] || "$PYTHON" -c 'import importlib.util as u, sys
+[[ -n ${DRY_RUN:-} ]] || attend "$PYTHON" -c 'import importlib.util as u, sys
 sys.exit(not all(map(u.find_spec, ("torch", "transformers", "shortuuid"))))' || {
     printf 'error: %s lacks the packages; run bash scripts/quickstart.sh, or pip install -e . there\n' "$PYTHON" >&2
     exit 2
 }
 
 run() {
-    if [[ -n ${DRY_RUN:-} ]]; then printf '%q ' "$@"; printf '\n'; else "$@"; fi
+    if [[ -n ${DRY_RUN:-} ]]; then printf '%q ' "$@"; printf '\n'; else attend "$@"; fi
 }
 
 # need NAME: says in one line, before anything is loaded, what of the checkpoint and the data is missing.
@@ -39,7 +40,7 @@ need() {
             "$CKPT" huggingface.co/liuhaotian/llava-v1.6-vicuna-7b >&2
         exit 2
     fi
-    "$PYTHON" -m llava.eval.check_data --benchmark "$1" --data "$DATA"
+    attend "$PYTHON" -m llava.eval.check_data --benchmark "$1" --data "$DATA"
 }
 
 # benchmark NAME FOLDER QUESTIONS IMAGES [answerer's options]: answers, scores, and exports what a server takes.

@@ -11,7 +11,7 @@ export CKPT DATA OUT PYTHON NUM_PROCESSES
 status=0
 cell() {
     local code=0
-    METHOD=$1 RATIO=$2 bash "$here/$3.sh" || code=$?
+    METHOD=$1 RATIO=$2 attend bash "$here/$3.sh" || code=$?
     ((code == 0 || code == 3)) || exit "$code"
     ((code == 0)) || status=3
 }
