@@ -1,6 +1,7 @@
 """The table of MMBench: reading it with its pictures, and writing what its server takes."""
 
 import csv
+import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from llava.constants import InputError
 from llava.eval.benchmarks._common import latest, official
 from llava.eval.benchmarks.base import Row
-from llava.output import draft_of
+from llava.output import write_whole
 
 LETTERS = "ABCD"
 # What pandas, with which upstream reads the table, takes for an empty cell.
@@ -114,6 +115,7 @@ def export_table(rows: Sequence[Row], table: Path, file: Path, source: str) -> l
         values: dict[str, Any] = {name: None if is_none(cell) else cell for name, cell in kept.items()}
         values |= {"index": index, "prediction": str(answer["text"]) if answer else None}
         sheet.append(_cells(lambda value: WriteOnlyCell(sheet, value), [values[name] for name in names]))
-    with draft_of(file) as draft:
-        book.save(draft)
+    written = io.BytesIO()  # an archive that cannot be closed complains of it once more when it is collected
+    book.save(written)
+    write_whole(file, written.getvalue())
     return [file]
