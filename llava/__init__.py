@@ -3,6 +3,14 @@
 Importing this package loads neither torch nor transformers; the model classes are resolved on first use.
 """
 
+import sys
+
+# `python -m llava.…` is starting, and what it imports takes seconds.
+if sys.argv[:1] == ["-m"] and any(word.split(".")[0] == "llava" for word in sys.orig_argv):
+    from llava.interrupts import end_while_importing
+
+    end_while_importing()
+
 from importlib import import_module
 from importlib.metadata import packages_distributions
 from typing import Any

@@ -1,6 +1,7 @@
 """Small helpers shared by the commands, and the one name of upstream's module that evaluation scripts import."""
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Any, NoReturn
 
 from llava.compress import available
 from llava.constants import InputError
+from llava.endings import run_command as run_command
+from llava.output import check_output as check_output
+from llava.output import write_whole as write_whole
 
 
 def disable_torch_init() -> None:
@@ -141,16 +145,9 @@ def save_figure(figure: Any, output: Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
+    drawn = io.BytesIO()
     try:
-        figure.savefig(output, dpi=150)
-    except (OSError, ValueError) as error:
+        figure.savefig(drawn, dpi=150, format=output.suffix[1:] or "png")
+    except ValueError as error:  # there is no such format
         raise InputError(f"cannot write the picture {str(output)!r} ({error}); give another name") from error
-
-
-def run_command(command: Callable[[], None]) -> None:
-    """Run a command line's body; an `InputError` becomes one line on stderr and exit code 2."""
-    try:
-        command()
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
+    write_whole(output, drawn.getvalue())

@@ -188,9 +188,9 @@ def reads_environment(node: ast.AST) -> bool:
 
 
 def test_environment_variables_are_read_in_one_place():
-    found = [place(f, n) for f, n in nodes((ast.Attribute, ast.ImportFrom)) if reads_environment(n)]
-    assert [where for where in found if not where.startswith(str(Path("llava/compress/base.py")))] == []
-    assert found  # the reader sees the one that is allowed
+    """Settings are; `interrupts` has what a launcher tells its processes."""
+    found = {place(f, n).split(":")[0] for f, n in nodes((ast.Attribute, ast.ImportFrom)) if reads_environment(n)}
+    assert found == {"llava/compress/base.py", "llava/interrupts.py"}
 
 
 def test_no_module_is_longer_than_375_lines():

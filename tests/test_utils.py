@@ -61,7 +61,7 @@ def test_an_input_error_is_one_line_and_code_2(message, capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("ours"), RuntimeError("x"), KeyError("k"), KeyboardInterrupt(), OSError(5)]
+    "error", [ValueError("ours"), RuntimeError("x"), KeyError("k"), OSError(5), FileNotFoundError(2, "ours", "x")]
 )
 def test_other_exceptions_keep_their_traceback(error, capsys):
     with pytest.raises(type(error)) as raised:

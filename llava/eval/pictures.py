@@ -1,6 +1,7 @@
 """Pictures of a question file: found safely, decoded and preprocessed in worker processes that keep ahead."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava.constants import InputError
 from llava.eval.benchmarks.base import Question
+from llava.interrupts import deaf_children
 from llava.mm_utils import load_image, load_image_from_base64, process_images, to_rgb
 
 # Below this many pictures worker processes cost more time to start than they save.
@@ -107,7 +109,9 @@ def stream(pictures: Pictures, sources: Iterable[Source], workers: int) -> Itera
         ahead = {"multiprocessing_context": "spawn", "worker_init_fn": _one_thread}
     sampler: Any = sources
     ahead["pin_memory"] = torch.cuda.is_available()
-    for picture in DataLoader(pictures, batch_size=None, sampler=sampler, num_workers=workers, **ahead):
+    with deaf_children() if workers else nullcontext():
+        loaded = iter(DataLoader(pictures, batch_size=None, sampler=sampler, num_workers=workers, **ahead))
+    for picture in loaded:
         # What a worker made lies in shared memory, which containers have little of; pinning has copied it already.
         shared = picture.views is not None and picture.views.is_shared()
         yield replace(picture, views=picture.views.clone()) if shared else picture

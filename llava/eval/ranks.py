@@ -75,9 +75,9 @@ class Ranks:
         """Leave the run; after an error the launcher stops the others.
 
         Raises:
-            SystemExit: another process stopped with the same `InputError` before and says so.
+            SystemExit: another process stopped with the same error of the user's or the machine's before and says so.
         """
-        said = isinstance(error, InputError) and self.count(f"said {error}", 1) > 1
+        said = isinstance(error, InputError | OSError) and self.count(f"said {error}", 1) > 1
         if dist.is_initialized():
             dist.destroy_process_group()
         if said:

@@ -1,6 +1,7 @@
 """Processes of one run: every item is drawn once, and a run with too few or too many says so."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +96,64 @@ def test_launched_processes_complain_once_with_their_own_code(tmp_path, body, co
     done = subprocess.run([*LAUNCH, str(script)], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == code, done.stderr
     assert [said in line for line in done.stderr.splitlines()] == [True] * (code != 0)
+
+
+def started(tmp_path, body, wait_for):
+    """A launcher whose two processes run a body; returns when all `wait_for` files are there."""
+    script = tmp_path / "script.py"
+    body = "\n".join("    " + line for line in body.split("\n"))
+    script.write_text(
+        "import os, time\nfrom pathlib import Path\nfrom llava.eval.ranks import Ranks\n"
+        f"from llava.utils import run_command\ndef main():\n{body}\nrun_command(main)\n"
+    )
+    launcher = subprocess.Popen(
+        [*LAUNCH, str(script), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)],
+    )
+    while not all((tmp_path / name).exists() for name in wait_for):
+        assert launcher.poll() is None, launcher.communicate()
+    return launcher
+
+
+WORKS = """import sys
+with Ranks() as ranks:
+    (Path(sys.argv[1]) / str(ranks.rank)).write_text(str(os.getpid()))
+    try:
+        time.sleep(200)
+    except KeyboardInterrupt as stop:
+        stop.add_note("7 of 9 answers kept; the same command continues")
+        raise"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("whom", "number", "code"), [("launcher", 2, 130), ("launcher", 15, 143), ("process", 15, 143)]
+)
+def test_launched_processes_are_interrupted_with_one_line(tmp_path, whom, number, code):
+    launcher = started(tmp_path, WORKS, ["0", "1"])
+    os.kill(launcher.pid if whom == "launcher" else int((tmp_path / "1").read_text()), number)
+    out, err = launcher.communicate(timeout=100)
+    said = "interrupted: 7 of 9 answers kept; the same command continues\n"
+    assert (launcher.returncode, out, err) == (code, "", said)
+
+
+@pytest.mark.slow
+def test_launched_processes_do_not_outlive_their_launcher():
+    """Not even where it is killed: one process would wait for the others for days."""
+    command = [*LAUNCH, "-m", "llava.eval.throughput", "--images", "400", "--device", "cpu"]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    while len(found := children.read_text().split()) < 2 or not all(map(imports_torch, found)):
+        assert launcher.poll() is None
+    launcher.kill()
+    out, err = launcher.communicate(timeout=100)  # returns once nobody holds the pipes any more
+    assert (launcher.returncode, out, err) == (-9, "", "")
+
+
+def imports_torch(process: str) -> bool:
+    """Whether a process has got as far as that."""
+    return "libtorch_cpu" in Path(f"/proc/{process}/maps").read_text()
