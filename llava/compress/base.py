@@ -4,7 +4,6 @@ A method never sees a model, a tokenizer or a config. It says which attention it
 what it intends for an image of a given size (`Plan`) and chooses tokens (`Selection`); everything else is plumbing.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from llava import env
 from llava.anyres import AnyResGrid
 from llava.compress.stages import LayerSizes, LayerTokens, Product, Reduction
 from llava.compress.tokens import apportion, budget, fill_shares, top_indices
@@ -20,7 +20,6 @@ from llava.constants import InputError
 if TYPE_CHECKING:
     from llava.compress.encoding import EncoderSizes, EncoderTokens, Merging
 
-RATIO_VARIABLE = "LLAVA_RETENTION_RATIO"
 PROFILES = ("corrected", "released", "paper")
 
 
@@ -46,8 +45,8 @@ def resolve_ratio(ratio: float | None) -> float:
     """
     if ratio is not None:
         return parse_ratio(ratio)
-    if os.environ.get(RATIO_VARIABLE):
-        return parse_ratio(os.environ[RATIO_VARIABLE], RATIO_VARIABLE)
+    if found := env.read(env.RATIO):
+        return parse_ratio(found, env.RATIO)
     from llava.model import llava_arch  # here, because llava_arch is built on this module
 
     return parse_ratio(llava_arch.retention_ratio, "llava_arch.retention_ratio")

@@ -5,11 +5,9 @@ thin doors to it. Exit code 3: the run finished, but some questions could not be
 """
 
 import argparse
-import hashlib
 import json
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -21,16 +19,29 @@ from tqdm import tqdm
 
 from llava.compress.base import Compressor
 from llava.constants import InputError
-from llava.conversation import check_template, conv_templates
+from llava.conversation import check_template
 from llava.efficiency.methods import check_reach
 from llava.efficiency.shapes import from_config
 from llava.eval import benchmarks
+from llava.eval.account import Tally, summary
 from llava.eval.benchmarks.base import Question, Row
 from llava.eval.engine import Answer, Asked, Engine
-from llava.eval.journal import Journal
-from llava.eval.pictures import WORKERS, WORTHWHILE, Picture, Pictures, Source, check_paths, stream
+from llava.eval.journal import Journal, prompt_of
+from llava.eval.pictures import (
+    WORKERS,
+    WORTHWHILE,
+    Picture,
+    Pictures,
+    Source,
+    check_paths,
+    stream,
+    worker_count,
+)
 from llava.eval.ranks import Ranks
+from llava.eval.record import configuration
+from llava.eval.resume import kept_said, make_plan
 from llava.eval.sample import sample
+from llava.eval.start import start_line
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import choose_method, load_pretrained_model, read_config
 from llava.utils import (
@@ -45,47 +56,13 @@ from llava.utils import (
 
 # Images a process draws at once from the queue it shares with the others.
 CHUNK = 8
-# Options that answers depend on; the others may change between a run and its continuation.
-DECISIVE = (
-    *("model_path", "model_base", "vision_tower", "dtype", "load_8bit", "load_4bit", "conv_mode", "benchmark"),
-    *("temperature", "top_p", "num_beams", "max_new_tokens", "num_chunks", "chunk_idx", "image_folder"),
-    *("single_pred_prompt", "all_rounds", "lang", "no_ocr", "sample"),
-)
 
 
-class Tally:
-    """What the processes of a run did so far, all together, for the bar and the summary."""
+def select_questions(args: argparse.Namespace) -> tuple[list[Question], list[int]]:
+    """Read the questions of the run's chunk, and say which of them it answers: the first up to the limit.
 
-    def __init__(self, ranks: Ranks) -> None:
-        """Start the clock."""
-        self.ranks, self.start = ranks, time.monotonic()
-        self.update()
-
-    def update(self, answers: int = 0, images: int = 0, kept: int = 0, total: int = 0) -> None:
-        """Add what this process did, and learn what the others did."""
-        self.answers = self.ranks.count("answers", answers)
-        self.images = self.ranks.count("images", images)
-        self.kept = self.ranks.count("kept", kept)
-        self.total = self.ranks.count("total", total)
-
-    @property
-    def seconds(self) -> float:
-        """Time since the model was there."""
-        return time.monotonic() - self.start
-
-    @property
-    def retention(self) -> float | None:
-        """Share of the visual tokens that the language model saw so far."""
-        return round(self.kept / self.total, 4) if self.total else None
-
-    @property
-    def images_per_second(self) -> float:
-        """Pictures taken in per second."""
-        return self.images / max(self.seconds, 1e-9)
-
-
-def select_questions(args: argparse.Namespace) -> list[Question]:
-    """Read the questions this run answers: of all or a sample the chunk, cut at the limit.
+    Returns:
+        The questions, and places among them.
 
     Raises:
         InputError: the file is unreadable, the chunk does not exist, or a picture lies outside the image folder.
@@ -102,6 +79,7 @@ def select_questions(args: argparse.Namespace) -> list[Question]:
     if not 0 <= args.chunk_idx < max(1, -(-len(questions) // max(1, size))):
         raise InputError(f"--chunk-idx {args.chunk_idx} is past the last of {args.num_chunks} chunks")
     questions = questions[args.chunk_idx * size : (args.chunk_idx + 1) * size]
+    whole = questions
     questions = list(islice(questions, args.limit))
     if not questions:
         raise InputError(f"{str(file)!r} has no questions")
@@ -110,13 +88,15 @@ def select_questions(args: argparse.Namespace) -> list[Question]:
         raise InputError(f"there is no image folder {str(folder)!r}; see scripts/v1_5/eval/check_data.sh")
     if not args.allow_outside:
         check_paths(questions, folder)
-    return questions
+    asked = set(map(id, questions))
+    return whole, [place for place, question in enumerate(whole) if id(question) in asked]
 
 
-def group_by_image(questions: Sequence[Question]) -> list[list[int]]:
-    """Put the indices of questions about one picture together, in order of first appearance."""
+def group_by_image(questions: Sequence[Question], places: Iterable[int]) -> list[list[int]]:
+    """Put the places of questions about one picture together, in order of first appearance."""
     groups: dict[Any, list[int]] = {}
-    for index, question in enumerate(questions):
+    for index in places:
+        question = questions[index]
         alone = question.image is None and question.data is None
         groups.setdefault((index,) if alone else question.image or question.data, []).append(index)
     return list(groups.values())
@@ -139,18 +119,12 @@ def answer_row(answer: Answer, model_id: str, method: Compressor) -> Row:
     return {
         "question_id": question.id,
         **question.extra,
-        "prompt": question.text if question.prompt is None else question.prompt,
+        "prompt": prompt_of(question),
         "text": answer.text,
         "answer_id": shortuuid.uuid(),
         "model_id": model_id,
         "metadata": metadata,
     }
-
-
-def configuration(args: argparse.Namespace, method: str) -> Row:
-    """Return everything answers depend on, as the record beside the answers file keeps it."""
-    digest = hashlib.sha256(Path(args.question_file).read_bytes()).hexdigest()
-    return {"method": method, "questions": digest, **{name: getattr(args, name) for name in DECISIVE}}
 
 
 def load_engine(args: argparse.Namespace, method: Any, device: str) -> tuple[Engine, Any]:
@@ -175,100 +149,93 @@ def load_engine(args: argparse.Namespace, method: Any, device: str) -> tuple[Eng
 def run(args: argparse.Namespace) -> Row:
     """Answer a question file; returns the summary.
 
+    A picture or a question that cannot be used is an error in its own row. What goes wrong inside the model is not: a
+    defect keeps its traceback, and memory that runs out stops the run, as it would leave every later question out.
+
     Raises:
-        InputError: something the run needs is missing or does not fit. Nothing was answered then, unless it is a
-            picture for which the method cannot do what it is asked to: what was answered before is kept.
+        InputError: something the run needs is missing, does not fit or ran out. Nothing was answered then, or what was
+            answered before is kept.
     """
     with Ranks(args.num_processes) as ranks:
         # A missing checkpoint is said before anything is written.
-        method = choose_method(read_config(args.model_path), args.method, args.retention_ratio, args.profile)
+        config = read_config(args.model_path)
+        method = choose_method(dict(config), args.method, args.retention_ratio, args.profile)
         if not method.fixed:
             method = replace(method, retention_ratio=method.ratio)
-        if args.conv_mode not in (None, *conv_templates):
-            raise InputError(
-                f"unknown conversation template {args.conv_mode!r}; choose from {', '.join(conv_templates)}"
-            )
         check_template(args.conv_mode)
-        questions = select_questions(args)
-        journal = Journal(Path(args.answers_file), configuration(args, str(method)))
-        if not args.overwrite:
-            journal.check()
-        answered = journal.answered() if ranks.rank == 0 and not args.overwrite else set()
-        done = ranks.share({i for i in answered if i < len(questions)})
-        # Whether the method can work in this model is said before anything is written, too.
-        loaded = load_engine(args, method, ranks.device) if len(done) < len(questions) else None
-        ranks.wait()  # every process looks before one writes
-        if ranks.rank == 0:
-            journal.prepare(args.overwrite)
-        ranks.wait()
-        tally = Tally(ranks)
-        if loaded:
-            engine, processor = loaded
-            model_id = args.model_name or get_model_name_from_path(args.model_path)
-            feed = _feed(args, questions, done, engine, processor, ranks, tally)
-            with tqdm(total=len(questions), initial=len(done), unit="question", disable=ranks.rank > 0) as bar:
-                for answer in engine.answer(feed, one_by_one=args.one_by_one):
-                    journal.write(answer.index, answer_row(answer, model_id, method))
-                    tally.update(answers=1, kept=answer.kept, total=answer.total)
-                    said = f"{tally.images_per_second:.2f} images/s, kept {tally.retention}"
-                    bar.set_postfix_str(said, refresh=False)
-                    bar.update(len(done) + tally.answers - bar.n)
-                ranks.wait()
-                tally.update()
-                bar.update(len(done) + tally.answers - bar.n)
-        journal.close()
-        ranks.wait()
-        return _conclude(args, journal, len(questions), tally) if ranks.rank == 0 else {}
+        questions, wanted = select_questions(args)
+        journal = Journal(Path(args.answers_file), configuration(args, config, str(method), questions), questions)
+        with kept_said(args, journal, wanted):
+            return _run(args, method, journal, wanted, ranks)
+
+
+def _run(args: argparse.Namespace, method: Compressor, journal: Journal, wanted: list[int], ranks: Ranks) -> Row:
+    plan = ranks.first(lambda: make_plan(args, journal, wanted))
+    if plan.finished:
+        return summary(journal, journal.read().rows) if ranks.rank == 0 else {}
+    todo = [place for place in wanted if place not in plan.done]
+    groups = [[place] for place in todo] if args.one_by_one else group_by_image(journal.questions, todo)
+    workers = worker_count(args.num_workers, len(groups), ranks.world)
+    if ranks.world > 1:
+        journal.lock.join()
+    # Whether the method can work in this model is said before anything is written, too.
+    args = argparse.Namespace(**vars(args) | {"dtype": plan.dtype})
+    loaded = load_engine(args, method, ranks.device) if todo else None
+    journal.config["dtype"] = plan.dtype
+    ranks.wait()  # every process looks before one writes
+    ranks.first(lambda: journal.prepare(args.overwrite))
+    if ranks.rank == 0:
+        started = [start_line(args, loaded[0].model, ranks.world)] if loaded else []
+        notes = [*plan.notes, *journal.notes]
+        if workers < (args.num_workers or 0):
+            notes.append(f"the CPUs are enough for {workers} of --num-workers {args.num_workers}")
+        sys.stderr.write("".join([*started, *(f"note: {note}\n" for note in notes)]))
+    tally = Tally(ranks)
+    if loaded:
+        engine, processor = loaded
+        model_id = args.model_name or get_model_name_from_path(args.model_path)
+        pictures = Pictures(Path(args.image_folder), processor, engine.model.config)
+        feed = _feed(engine, pictures, journal.questions, groups, workers, tally)
+        before = len(wanted) - len(todo)
+        with tqdm(total=len(wanted), initial=before, unit="question", disable=ranks.rank > 0) as bar:
+            for answer in engine.answer(feed, one_by_one=args.one_by_one):
+                journal.write(answer.index, answer_row(answer, model_id, method))
+                tally.update(answers=1, kept=answer.kept, total=answer.total)
+                said = f"{tally.images_per_second:.2f} images/s, kept {tally.retention}"
+                bar.set_postfix_str(said, refresh=False)
+                bar.update(before + tally.answers - bar.n)
+            ranks.wait()
+            tally.update()
+            bar.update(before + tally.answers - bar.n)
+    journal.close()
+    ranks.wait()
+    return _conclude(journal, wanted, tally) if ranks.rank == 0 else {}
 
 
 def _feed(
-    args: argparse.Namespace,
-    questions: Sequence[Question],
-    done: set[int],
     engine: Engine,
-    processor: Any,
-    ranks: Ranks,
+    pictures: Pictures,
+    questions: Sequence[Question],
+    groups: Sequence[Sequence[int]],
+    workers: int,
     tally: Tally,
 ) -> Iterator[tuple[Picture, list[Asked]]]:
-    """Yield this process's share of the groups, without what is answered already."""
-    groups = [[i] for i in range(len(questions))] if args.one_by_one else group_by_image(questions)
-    todo = [number for number, group in enumerate(groups) if not done.issuperset(group)]
-    workers = args.num_workers
-    if workers is None:
-        workers = WORKERS if len(todo) >= WORTHWHILE * ranks.world else 0
-    pictures = Pictures(Path(args.image_folder), processor, engine.model.config)
-    mine = (source(todo[turn], questions[groups[todo[turn]][0]]) for turn in ranks.claim(len(todo), CHUNK))
+    """Yield this process's share of the groups of questions that are to be asked."""
+    mine = (source(turn, questions[groups[turn][0]]) for turn in tally.ranks.claim(len(groups), CHUNK))
     for picture in stream(pictures, mine, workers):
         tally.update(images=int(picture.views is not None))
-        yield picture, [engine.ask(i, questions[i]) for i in groups[picture.group] if i not in done]
+        yield picture, [engine.ask(place, questions[place]) for place in groups[picture.group]]
 
 
-def _conclude(args: argparse.Namespace, journal: Journal, wanted: int, tally: Tally) -> Row:
+def _conclude(journal: Journal, wanted: list[int], tally: Tally) -> Row:
     """Merge the answers and sum the run up."""
-    merged = journal.merge()
-    if merged < wanted:
-        raise RuntimeError(f"{merged} of {wanted} questions have an answer; start the same command again")
-    summary = {
-        "answers_file": str(journal.file),
-        "questions": merged,
-        "answered_now": tally.answers,
-        "images": tally.images,
-        "seconds": round(tally.seconds, 2),
-        "method": journal.config["method"],
-        "retention": tally.retention,
-        "errors": _errors(journal.file),
-    }
-    if tally.answers:  # a run that found everything done leaves the account of the one that did it
-        journal.summarise(summary)
-    return summary
-
-
-def _errors(file: Path) -> list[str]:
-    """Return what is recorded as wrong with the questions of an answers file."""
-    with file.open(encoding="utf-8") as lines:
-        rows = (json.loads(line) for line in lines if '"error"' in line)
-        failed = [(row["metadata"].get("error"), row["question_id"]) for row in rows]
-    return [f"{error} (question {number!r})" for error, number in failed if error]
+    rows = journal.merge(wanted)
+    if lost := set(wanted) - rows.keys():
+        raise InputError(f"{len(lost)} of {len(wanted)} answers are gone from the disk; start the same command again")
+    if not tally.answers:  # the account of the run that answered stands
+        return summary(journal, rows)
+    journal.summarise(done := summary(journal, rows, tally))
+    return done
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -297,24 +264,29 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     part.add_argument("--limit", type=at_least(1), help="answer the first N questions only")
     part.add_argument("--sample", type=at_least(1), help="N questions from all categories, always the same ones")
     parser.add_argument("--one-by-one", action="store_true", help="question by question, as LLaVA's own scripts do")
+    parser.add_argument(
+        "--retry-errors",
+        action=argparse.BooleanOptionalAction,
+        help="ask again what could not be asked (default: where the picture can be read now)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="discard the answers there are and start over")
     parser.add_argument("--allow-outside", action="store_true", help="allow pictures outside the image folder")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     add_method_arguments(parser)
 
 
-def report(summary: Row, as_json: bool) -> None:
+def report(found: Row, as_json: bool) -> None:
     """Print the summary of a run; exit with code 3 if questions could not be asked."""
-    if not summary:  # another process reports
+    if not found:  # another process reports
         return
     if as_json:
-        print(json.dumps(summary))
+        print(json.dumps(found))
     else:
-        for key, value in summary.items():
+        for key, value in found.items():
             print(f"{key:14} {len(value) if key == 'errors' else value}")
-        for error in summary["errors"]:
+        for error in found["errors"]:
             sys.stderr.write(f"could not ask: {error}\n")
-    if summary["errors"] and not dist.is_torchelastic_launched():  # a launcher would report a crash
+    if found["errors"] and not dist.is_torchelastic_launched():  # a launcher would report a crash
         raise SystemExit(3)
 
 

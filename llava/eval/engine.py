@@ -5,7 +5,7 @@ from the cached keys and values. Greedy answers equal those of asking one by one
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,10 +89,14 @@ class Engine:
         self._system: tuple[Tensor, SharedPrefix] | None = None
 
     def ask(self, index: int, question: Question) -> Asked:
-        """Tokenise a question's prompt."""
+        """Tokenise a question's prompt; a question whose text no tokenizer takes says so in its `error`."""
         images = int(question.image is not None or question.data is not None)
-        prompt = build_prompt(question.text, images, self.model.config, self.conv_mode)
-        return Asked(index, question, tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt"))
+        try:
+            prompt = build_prompt(question.text, images, self.model.config, self.conv_mode)
+            return Asked(index, question, tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt"))
+        except Exception as error:  # tokenizers raise all kinds, as on half of a surrogate pair
+            said = question.error or f"the question cannot be tokenised: {' '.join(str(error).split())}"
+            return Asked(index, replace(question, error=said), torch.empty(0, dtype=torch.long))
 
     def answer(self, stream: Iterable[tuple[Picture, list[Asked]]], one_by_one: bool = False) -> Iterator[Answer]:
         """Answer groups of questions as their pictures arrive; not in question order.

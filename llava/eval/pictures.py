@@ -1,13 +1,17 @@
 """Pictures of a question file: found safely, decoded and preprocessed in worker processes that keep ahead."""
 
+import os
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -16,6 +20,10 @@ from llava.eval.benchmarks.base import Question
 from llava.interrupts import deaf_children
 from llava.mm_utils import load_image, load_image_from_base64, process_images, to_rgb
 
+# Pictures that tell whether the folder is the right one.
+FIRST = 20
+# Seconds in which a signal to us follows one to our workers.
+GRACE = 0.5
 # Below this many pictures worker processes cost more time to start than they save.
 WORTHWHILE, WORKERS = 100, 4
 
@@ -88,20 +96,85 @@ class Pictures(Dataset[Picture]):
         if name is None and data is None:
             return Picture(group)
         try:
-            image = load_image(self.folder / str(name)) if data is None else to_rgb(load_image_from_base64(data))
+            image = open_picture(self.folder / str(name)) if data is None else to_rgb(load_image_from_base64(data))
             return Picture(group, process_images([image], self.processor, self.config)[0], image.size)
         except Exception as error:  # decoders raise all kinds on damaged pictures, and one may be too odd to resize
-            return Picture(group, error=" ".join(f"{name}: {error}".split()))
+            return Picture(group, error=f"{about(name)} {' '.join(str(error).split()) or type(error).__name__}")
+
+
+def about(name: str | None) -> str:
+    """Return how an error begins that is about a picture."""
+    return " ".join(f"{name}:".split())
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Read a picture of the image folder as RGB.
+
+    Raises:
+        InputError: it is no picture that can be read.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device never ends
+        raise InputError(f"image file {str(path)!r} is no regular file")
+    return load_image(path)
+
+
+def readable(path: Path) -> bool:
+    """Whether a picture is there and can be decoded, whatever becomes of it then."""
+    try:
+        open_picture(path)
+    except Exception:  # as above
+        return False
+    return True
+
+
+def check_folder(questions: Iterable[Question], folder: Path) -> None:
+    """Make sure that the image folder is not a wrong one: that some of the first pictures are there.
+
+    Raises:
+        InputError: of the first 20 pictures that questions name, or of all if there are fewer, none is.
+    """
+    named = dict.fromkeys(str(q.image) for q in questions if q.image is not None and q.data is None)
+    first = list(islice(named, FIRST))
+    if first and not any(_exists(folder / name) for name in first):
+        said = f"the first {len(first)} pictures" if len(named) > len(first) else f"the {len(first)} pictures"
+        raise InputError(
+            f"none of {said} is in the image folder {str(folder)!r} ({first[0]!r} is the first); "
+            "give the right --image-folder"
+        )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
+def worker_count(wanted: int | None, pictures: int, processes: int = 1) -> int:
+    """Return how many worker processes load pictures for a process of a run.
+
+    Args:
+        wanted: as asked for; None: some from `WORTHWHILE` pictures on.
+        pictures: that the run loads.
+        processes: of the run on this machine, which share its CPUs.
+    """
+    if wanted is None:
+        wanted = WORKERS if pictures >= WORTHWHILE * processes else 0
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted, max(1, cpus // processes))
+
+
 def stream(pictures: Pictures, sources: Iterable[Source], workers: int) -> Iterator[Picture]:
     """Load pictures in order, `workers` processes ahead of the consumer (0: none); sources are drawn as needed.
 
     Where there is a GPU, views come in page-locked memory, which it copies from while the host goes on.
+
+    Raises:
+        InputError: a worker process was ended from outside.
     """
     ahead: dict[str, Any] = {}
     if workers:
@@ -109,9 +182,27 @@ def stream(pictures: Pictures, sources: Iterable[Source], workers: int) -> Itera
         ahead = {"multiprocessing_context": "spawn", "worker_init_fn": _one_thread}
     sampler: Any = sources
     ahead["pin_memory"] = torch.cuda.is_available()
-    with deaf_children() if workers else nullcontext():
-        loaded = iter(DataLoader(pictures, batch_size=None, sampler=sampler, num_workers=workers, **ahead))
-    for picture in loaded:
+    loader = DataLoader(pictures, batch_size=None, sampler=sampler, num_workers=workers, **ahead)
+    with deaf_children() if workers else nullcontext(), _ended_workers_said():
+        iterator = iter(loader)
+    while True:
+        with _ended_workers_said():
+            picture = next(iterator, None)
+        if picture is None:
+            return
         # What a worker made lies in shared memory, which containers have little of; pinning has copied it already.
         shared = picture.views is not None and picture.views.is_shared()
         yield replace(picture, views=picture.views.clone()) if shared else picture
+
+
+@contextmanager
+def _ended_workers_said() -> Iterator[None]:
+    """Turn the end of a worker process into an error of the user's: its memory ran out, or somebody ended it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        time.sleep(GRACE)  # whoever ended it may be ending us too, which is said then
+        said = str(error).split(". It is possible")[0]
+        raise InputError(f"{said}; where memory is short, start again with fewer --num-workers") from error

@@ -1,7 +1,9 @@
 """The processes of one run, started by torchrun or accelerate: who am I, what is next, are we done."""
 
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import TypeVar, cast
@@ -10,8 +12,11 @@ import torch
 import torch.distributed as dist
 
 from llava.constants import InputError
+from llava.interrupts import exit_code
 
 T = TypeVar("T")
+# Seconds after which a launcher has ended a process whose companions ended.
+GRACE = 30
 
 
 class Ranks:
@@ -63,25 +68,43 @@ class Ranks:
         """Return what the first process gives, to all of them."""
         held = [value]
         if self.world > 1:
-            dist.broadcast_object_list(held, src=0)
+            with _together():
+                dist.broadcast_object_list(held, src=0)
         return cast(T, held[0])
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Have the first process do something; return what it returns, or raise its `InputError`, in all of them."""
+        done: tuple[T | None, InputError | None] = None, None
+        if self.rank == 0:
+            try:
+                done = work(), None
+            except InputError as refused:
+                done = None, refused
+        found, error = cast(tuple[T, InputError | None], self.share(done))
+        if error is not None:
+            raise error
+        return found
 
     def wait(self) -> None:
         """Wait for the others."""
         if self.world > 1:
-            dist.barrier()
+            with _together():
+                dist.barrier()
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave the run; after an error the launcher stops the others.
 
         Raises:
-            SystemExit: another process stopped with the same error of the user's or the machine's before and says so.
+            SystemExit: another process says why: the one that stopped first with an error of the user's or of the
+                machine's, or of an interrupted run the first.
         """
-        said = isinstance(error, InputError | OSError) and self.count(f"said {error}", 1) > 1
+        said = isinstance(error, InputError | OSError) and self.count("said", 1) > 1
         if dist.is_initialized():
             dist.destroy_process_group()
         if said:
             raise SystemExit(2)
+        if self.rank > 0 and isinstance(error, KeyboardInterrupt):
+            raise SystemExit(exit_code(error))
 
     def __enter__(self) -> "Ranks":
         """Return self."""
@@ -92,3 +115,13 @@ class Ranks:
     ) -> None:
         """Leave the run."""
         self.close(error)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Wait for processes one of which may end; the launcher says so and ends the others, this one among them."""
+    try:
+        yield
+    except RuntimeError:
+        time.sleep(GRACE)
+        raise SystemExit(1) from None

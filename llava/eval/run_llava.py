@@ -24,6 +24,7 @@ from llava.constants import (
     InputError,
 )
 from llava.conversation import check_template, conv_templates, template_name
+from llava.eval.start import start_line
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.utils import (
     OneLineParser,
@@ -127,7 +128,7 @@ def eval_model(args: Any) -> None:
         ratio = ledger["images"][0]["requested_ratio"]
         print(json.dumps({"answer": answer, "query": args.query, "retention_ratio": ratio, **ledger}))
     else:
-        sys.stderr.write(describe(ledger, paths))
+        sys.stderr.write(start_line(args, model) + describe(ledger, paths))
         print(answer)
 
 

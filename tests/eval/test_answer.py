@@ -117,6 +117,7 @@ def test_two_processes_give_the_same(command, words, tmp_path, method, workers):
     wanted = command("plain", "--method", method, "--one-by-one")[1]
     more = ["--method", method, "--num-processes", 2, "--num-workers", workers, "--json"]
     done = python(*TORCHRUN, "2", "-m", "llava.eval.answer", *words("two", *more))
+    assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "two") == wanted, done.stderr
     summary = json.loads(done.stdout)
     # Of both processes together.

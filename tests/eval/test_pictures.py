@@ -2,6 +2,8 @@
 
 import base64
 import io
+import multiprocessing
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import torch
 from PIL import Image
 
 from llava.constants import InputError
+from llava.eval import pictures as module
 from llava.eval.benchmarks.base import Question
-from llava.eval.pictures import Picture, Pictures, Source, check_paths, stream
+from llava.eval.pictures import Picture, Pictures, Source, check_folder, check_paths, readable, stream, worker_count
 from llava.mm_utils import process_images
 from tests.conftest import picture
 
@@ -201,3 +204,63 @@ def test_a_relative_folder(folder, monkeypatch):
     check_paths([ask("0.png")], Path("images"))
     with pytest.raises(InputError, match=r"question 5 .*outside the image folder: '\.\./secret\.png'"):
         check_paths([ask("../secret.png")], Path("images"))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_an_error_and_not_waited_for(pictures, folder, make):
+    make(folder / "odd.png")
+    found = pictures[Source(0, "odd.png")]
+    assert found.error.startswith("odd.png: ")
+    assert found.error.endswith("odd.png' is no regular file")
+    assert not readable(folder / "odd.png")
+
+
+def test_readable_is_what_can_be_decoded(folder):
+    names = ["0.png", "3.png", "empty.png", "half.png", "text.png", "nosuch.png", "nul\0.png", "\ud800.png"]
+    assert [name for name in names if readable(folder / name)] == ["0.png", "3.png"]
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong"), [(["x"], True), (["x"] * 30 + ["0.png"], False), (["\ud800", "n\0"], True)]
+)
+def test_a_folder_without_any_of_the_first_pictures_is_a_wrong_one(folder, names, wrong):
+    questions = [*map(ask, names), ask(None), ask("named.jpg", "data")]
+    if not wrong:
+        check_folder(questions, folder)
+        return
+    with pytest.raises(InputError, match=r"none of the \d pictures is in the image folder .*--image-folder"):
+        check_folder(questions, folder)
+
+
+def test_nineteen_missing_pictures_may_be_just_missing(folder):
+    check_folder([ask(f"x{number}") for number in range(19)] + [ask("0.png")], folder)
+    with pytest.raises(InputError, match="none of the first 20 pictures"):
+        check_folder([ask(f"x{number}") for number in range(20)] + [ask("0.png")], folder)
+    check_folder([ask(None)], folder / "nosuch")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "pictures", "processes", "cpus", "found"),
+    [
+        (None, 99, 1, 8, 0), (None, 100, 1, 8, 4), (None, 100, 1, 2, 2), (None, 100, 2, 8, 0), (None, 200, 2, 4, 2),
+        (0, 500, 1, 8, 0), (3, 5, 1, 8, 3), (64, 5, 1, 8, 8), (64, 5, 2, 8, 4), (64, 5, 16, 8, 1),
+    ],
+)  # fmt: skip
+def test_workers_are_no_more_than_the_cpus(monkeypatch, wanted, pictures, processes, cpus, found):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    assert worker_count(wanted, pictures, processes) == found
+
+
+def test_a_worker_that_is_ended_is_one_line(pictures, monkeypatch):
+    """As the kernel does where memory is short."""
+    monkeypatch.setattr(module, "GRACE", 0)
+
+    def sources() -> Iterator[Source]:
+        for group in range(100):
+            if group == 5:
+                (worker,) = multiprocessing.active_children()
+                os.kill(worker.pid or 0, 9)
+            yield Source(group, "0.png")
+
+    with pytest.raises(InputError, match=r"DataLoader worker .*; where memory is short, .*fewer --num-workers"):
+        list(stream(pictures, sources(), 1))

@@ -62,7 +62,7 @@ def test_alone():
         assert list(ranks.claim(5, 2)) == [0, 1, 2, 3, 4]
         assert list(ranks.claim(0, 2)) == []
         assert [ranks.count("a", 2), ranks.count("b", 1), ranks.count("a", 3)] == [2, 1, 5]
-        assert ranks.share("x") == "x"
+        assert ranks.share("x") == ranks.first(lambda: "x") == "x"
         ranks.wait()
 
 
@@ -82,6 +82,13 @@ LAUNCH = [sys.executable, "-m", "llava.eval.launch", "--standalone", "--nproc_pe
         ("raise SystemExit(0)", 0, ""),
         ("from llava.constants import InputError\nwith Ranks(): raise InputError('no such thing')", 2, "no such thing"),
         ("Ranks(3)", 2, "3 processes were asked for, but 2 started"),
+        (
+            "def work():\n    raise InputError('the first alone knows')\n"
+            "from llava.constants import InputError\nwith Ranks() as ranks: ranks.first(work)",
+            2,
+            "the first alone knows",
+        ),
+        ("with Ranks() as ranks:\n    if ranks.rank: os.kill(os.getpid(), 9)\n    ranks.wait()", 137, "SIGKILL"),
         ("with Ranks() as ranks:\n    if ranks.rank: os.kill(os.getpid(), 9)\n    time.sleep(60)", 137, "SIGKILL"),
     ],
 )

@@ -260,7 +260,8 @@ def test_a_fresh_process_answers(checkpoint, photo):
         [sys.executable, "-m", "llava.eval.run_llava", *map(str, arguments)], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip()
-    assert done.stderr.startswith("method globalcom2()")
+    assert done.stderr.startswith("running on cpu in float32 with sdpa attention: globalcom2(retention_ratio=0.25), ")
+    assert "\nmethod globalcom2()\n" in done.stderr
 
 
 def test_tokens_by_layer_are_told_where_they_change():
