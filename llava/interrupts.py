@@ -37,7 +37,18 @@ def exit_code(stop: BaseException) -> int:
 def last_line(stop: BaseException) -> str:
     """Return the line that ends an interrupted command: its notes, each one once."""
     notes = dict.fromkeys(" ".join(note.split()) for note in getattr(stop, "__notes__", ()))
-    return f"interrupted: {'; '.join(notes)}" if notes else "interrupted"
+    return f"interrupted: {'; '.join(notes)}" if notes else "interrupted; the same command starts again"
+
+
+@contextmanager
+def kept(what: str) -> Iterator[None]:
+    """Add to an interrupt of the block what is kept and how to go on, unless it says so already."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not getattr(stop, "__notes__", ()):
+            stop.add_note(what)
+        raise
 
 
 def say(stop: BaseException) -> None:

@@ -38,12 +38,12 @@ def refusal(error: OSError, path: Path | str | None = None) -> str:
 
     Args:
         error: what was raised.
-        path: what it was about; None: what the error names, or the standard output.
+        path: what it was about; None: what the error names, if it does.
     """
     name = path if path is not None else error.filename
-    what = "the standard output" if name is None else repr(os.fsdecode(name))
+    what = "" if name is None else f" {os.fsdecode(name)!r}"
     remedy = REMEDY.get(error.errno or 0, "give another place")
-    return f"cannot write {what} ({error.strerror or error}); {remedy}"
+    return f"cannot write{what} ({error.strerror or error}); {remedy}"
 
 
 def check_output(path: Path) -> None:
@@ -56,18 +56,15 @@ def check_output(path: Path) -> None:
         InputError: it is a folder, read-only, or takes nothing, or its folder is no folder, cannot be made, is
             read-only, or has no room.
     """
-    try:
-        with _named(path):
-            found = _status(path)
-            if found is None or stat.S_ISREG(found.st_mode):
-                _status(path.with_name(path.name + DRAFT))  # its name may be too long
-                _probe(next(folder for folder in Path(os.path.realpath(path)).parents if folder.exists()))
-            if found is not None and not stat.S_ISFIFO(found.st_mode):  # opening one would wait for its reader
-                path.open("ab").close()
-            if found is not None and found.st_rdev == FULL:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        raise InputError(refusal(error, path)) from error
+    with refusing(path), _named(path):
+        found = _status(path)
+        if found is None or stat.S_ISREG(found.st_mode):
+            _status(path.with_name(path.name + DRAFT))  # its name may be too long
+            _probe(next(folder for folder in Path(os.path.realpath(path)).parents if folder.exists()))
+        if found is not None and not stat.S_ISFIFO(found.st_mode):  # opening one would wait for its reader
+            path.open("ab").close()
+        if found is not None and found.st_rdev == FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -90,6 +87,21 @@ def _probe(folder: Path) -> None:
 
 
 @contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Say in one line what the machine refuses a block that writes a file.
+
+    Raises:
+        InputError: it does.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in REFUSALS or error.errno in (errno.EINVAL, errno.ENOENT):
+            raise InputError(refusal(error, path)) from error
+        raise
+
+
+@contextmanager
 def _named(path: Path) -> Iterator[None]:
     """Turn a name that no file can have into an error of the operating system."""
     try:
@@ -104,13 +116,11 @@ def make_folder(folder: Path) -> None:
     Raises:
         InputError: the machine refuses it.
     """
-    try:
-        with _named(folder):
+    with refusing(folder), _named(folder):
+        try:
             folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise InputError(refusal(NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)), folder)) from error
-    except OSError as error:
-        raise InputError(refusal(error, folder)) from error
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
 
 
 @contextmanager
@@ -122,30 +132,25 @@ def draft_of(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the machine refuses the file, whatever the block was doing to it.
     """
-    try:
-        with _named(path):
-            found = _status(path)
-            if found is not None and not stat.S_ISREG(found.st_mode):
-                yield path
-                return
-            target = Path(os.path.realpath(path))
-            if found is not None:
-                path.open("ab").close()  # moving a draft there would not ask whether the file is locked
-            make_folder(target.parent)
-            draft = target.with_name(target.name + DRAFT)
-            try:
-                yield draft
-                with draft.open("rb") as written:
-                    os.fsync(written.fileno())
-                draft.replace(target)
-            except BaseException:
-                with suppress(OSError):
-                    draft.unlink()
-                raise
-    except OSError as error:
-        if error.errno in REFUSALS or error.errno in (errno.EINVAL, errno.ENOENT):
-            raise InputError(refusal(error, path)) from error
-        raise
+    with refusing(path), _named(path):
+        found = _status(path)
+        if found is not None and not stat.S_ISREG(found.st_mode):
+            yield path
+            return
+        target = Path(os.path.realpath(path))
+        if found is not None:
+            path.open("ab").close()  # moving a draft there would not ask whether the file is locked
+        make_folder(target.parent)
+        draft = target.with_name(target.name + DRAFT)
+        try:
+            yield draft
+            with draft.open("rb") as written:
+                os.fsync(written.fileno())
+            draft.replace(target)
+        except BaseException:
+            with suppress(OSError):
+                draft.unlink()
+            raise
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -1,6 +1,7 @@
 """Small helpers shared by the commands, and the one name of upstream's module that evaluation scripts import."""
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,6 @@ from llava.compress import available
 from llava.constants import InputError
 from llava.endings import run_command as run_command
 from llava.output import check_output as check_output
-from llava.output import draft_of as draft_of
 from llava.output import write_whole as write_whole
 
 
@@ -145,8 +145,9 @@ def save_figure(figure: Any, output: Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
+    drawn = io.BytesIO()
     try:
-        with draft_of(output) as draft:
-            figure.savefig(draft, dpi=150, format=output.suffix[1:] or "png")
+        figure.savefig(drawn, dpi=150, format=output.suffix[1:] or "png")
     except ValueError as error:  # there is no such format
         raise InputError(f"cannot write the picture {str(output)!r} ({error}); give another name") from error
+    write_whole(output, drawn.getvalue())

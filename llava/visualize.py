@@ -19,6 +19,7 @@ from llava.compress import base
 from llava.compress.trace import ImageTrace, Trace
 from llava.constants import InputError
 from llava.mm_utils import load_image, process_images
+from llava.output import check_output, draft_of
 from llava.utils import OneLineParser, add_method_arguments, add_model_arguments, load_options, ratio_text, run_command
 
 GAP, TITLE, BLEACH, LEGIBLE, LARGEST, WIDEST = 12, 28, 0.8, 168, 2048, 4
@@ -138,8 +139,9 @@ def _fit(panel: Image.Image, height: int) -> Image.Image:
 def visualize(args: argparse.Namespace) -> None:
     """Load a model, compress one picture and write what was kept as PNG."""
     output = Path(args.output)
-    if not output.parent.is_dir() or output.is_dir() or output.suffix.lower() != ".png":
-        raise InputError(f"--output {args.output!r} must be a .png file in a folder that exists")
+    if output.suffix.lower() != ".png":
+        raise InputError(f"--output {args.output!r} must be a .png file")
+    check_output(output)
 
     from llava.model.builder import choose_method, load_pretrained_model, read_config
 
@@ -154,7 +156,9 @@ def visualize(args: argparse.Namespace) -> None:
         model.compress_images(pixels, [image.size], trace)
     views = pixels[0] if pixels[0].ndim == 4 else pixels[0][None]
     shown = trace.images[0]
-    draw(image, views, shown, processor, f"{trace.method} at {ratio_text(shown.plan.ratio)}").save(output)
+    drawn = draw(image, views, shown, processor, f"{trace.method} at {ratio_text(shown.plan.ratio)}")
+    with draft_of(output) as draft:
+        drawn.save(draft, format="PNG")
     print(output)
 
 

@@ -1,6 +1,7 @@
 # Sourced by the scripts beside it: `ensure_env EXTRA` makes a virtual environment in .venv and installs this
 # repository into it with the extra and the versions of constraints.txt. Does nothing the second time.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/v1_5/eval/_attend.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '\n==> %s\n' "$*"; }
@@ -21,7 +22,7 @@ ensure_env() {
             site=(--system-site-packages)
         fi
         say "Making .venv with $("$base" --version) ${site[*]}"
-        "$base" -m venv ${site[@]+"${site[@]}"} .venv || die "python's venv module is missing (Debian: apt install python3-venv)"
+        attend "$base" -m venv ${site[@]+"${site[@]}"} .venv || die "python's venv module is missing (Debian: apt install python3-venv)"
     fi
     if .venv/bin/python -c 'import torch' 2>/dev/null; then
         say "Using the installed torch $(.venv/bin/python -c 'import torch; print(torch.__version__)')"
@@ -29,9 +30,9 @@ ensure_env() {
     else
         cp constraints.txt "$pins"
         say "Installing $(grep '^torch==' "$pins")"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' "$pins")"
+        attend .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' "$pins")"
     fi
     say "Installing globalcom2[$extra] with the versions of constraints.txt"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c "$pins" -e ".[$extra]"
+    attend .venv/bin/python -m pip install --quiet --disable-pip-version-check -c "$pins" -e ".[$extra]"
     touch "$stamp"
 }

@@ -13,16 +13,16 @@ mkdir -p "$out"
 if [[ -z ${CKPT:-} ]]; then
     CKPT=playground/pocket
     say "Ten test questions, their truth, and the answers at retention ratios 1.0 and 0.25"
-    $python -m llava.pocket.demo --model-path "$CKPT" --pictures "$out/scenes"
+    attend $python -m llava.pocket.demo --model-path "$CKPT" --pictures "$out/scenes"
     pictures+=("$out"/scenes/{textvqa,mmvet}.png)
 fi
 for ratio in 1.0 0.25; do
     say "A photograph at retention ratio $ratio"
-    $python -m llava.eval.run_llava --model-path "$CKPT" --image-file "${pictures[0]}" \
+    attend $python -m llava.eval.run_llava --model-path "$CKPT" --image-file "${pictures[0]}" \
         --query "Describe the picture." --max-new-tokens 48 --retention-ratio "$ratio"
 done
 for picture in "${pictures[@]}"; do
     name=$(basename "${picture%.*}")
     say "What was kept of $name at 0.25"
-    $python -m llava.visualize --model-path "$CKPT" --image-file "$picture" --retention-ratio 0.25 --output "$out/${name}_kept.png"
+    attend $python -m llava.visualize --model-path "$CKPT" --image-file "$picture" --retention-ratio 0.25 --output "$out/${name}_kept.png"
 done

@@ -2,13 +2,16 @@
 
 import argparse
 import os
+import os
+import resource
 import runpy
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("LLAVA_RETENTION_RATIO", None)
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +69,17 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     coarse = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((width, height))
     fine = rng.integers(-60, 60, (height, width, 3))
     return Image.fromarray(np.clip(np.asarray(coarse) + fine, 0, 255).astype(np.uint8))
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """Let no file grow beyond a size, as on a full disk: python ignores the signal, and gets EFBIG."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 Command = Callable[..., tuple[int, str, str]]

@@ -19,6 +19,15 @@ ROOT = Path(__file__).parents[1]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal():
+    """Signals as a terminal leaves them, wherever the tests are run."""
+    before = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)]
+    yield
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
 def ended(command, capsys):
     """Exit code and standard error of a command; nothing is on standard output."""
     before = [signal.getsignal(number) for number in SIGNALS]
@@ -48,7 +57,7 @@ def test_an_interrupt_without_notes_is_one_line_too(capsys):
     def command():
         raise KeyboardInterrupt
 
-    assert ended(command, capsys) == (130, "interrupted\n")
+    assert ended(command, capsys) == (130, "interrupted; the same command starts again\n")
 
 
 def test_what_an_interrupt_breaks_is_an_interrupt(capsys):
@@ -60,7 +69,7 @@ def test_what_an_interrupt_breaks_is_an_interrupt(capsys):
         except KeyboardInterrupt:
             raise RuntimeError("a worker was killed") from None
 
-    assert ended(command, capsys) == (143, "interrupted\n")
+    assert ended(command, capsys) == (143, "interrupted; the same command starts again\n")
 
 
 def test_ctrl_c_counts_where_a_launcher_adds_sigterm(capsys):
@@ -70,7 +79,7 @@ def test_ctrl_c_counts_where_a_launcher_adds_sigterm(capsys):
         finally:
             signal.raise_signal(signal.SIGTERM)
 
-    assert ended(command, capsys) == (130, "interrupted\n")
+    assert ended(command, capsys) == (130, "interrupted; the same command starts again\n")
 
 
 def test_an_interrupt_within_a_destructor_is_not_lost(capsys):
@@ -82,7 +91,7 @@ def test_an_interrupt_within_a_destructor_is_not_lost(capsys):
         Slow()
         time.sleep(30)
 
-    assert ended(command, capsys) == (143, "interrupted\n")
+    assert ended(command, capsys) == (143, "interrupted; the same command starts again\n")
 
 
 def test_other_threads_run_commands_too():
@@ -119,7 +128,7 @@ def test_an_ignored_signal_stays_ignored():
         ),
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            "cannot write the standard output (No space left on device); make room there or give another place",
+            "cannot write (No space left on device); make room there or give another place",
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "a"),
@@ -181,7 +190,7 @@ def test_output_that_cannot_be_written_is_one_line(ending):
         done = python(code, stdout=full)
     assert (done.returncode, done.stderr) == (
         2,
-        "error: cannot write the standard output (No space left on device); make room there or give another place\n",
+        "error: cannot write (No space left on device); make room there or give another place\n",
     )
 
 
@@ -245,4 +254,4 @@ def test_an_interrupt_while_children_start_is_answered_afterwards(capsys):
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(30)
 
-    assert ended(command, capsys) == (130, "interrupted\n")
+    assert ended(command, capsys) == (130, "interrupted; the same command starts again\n")

@@ -75,8 +75,17 @@ def test_the_package_has_a_path() -> None:
 def test_disable_torch_init(monkeypatch: pytest.MonkeyPatch) -> None:
     for layer in (torch.nn.Linear, torch.nn.LayerNorm):
         monkeypatch.setattr(layer, "reset_parameters", layer.reset_parameters)  # put back afterwards
+    draws = torch.get_rng_state()
+    torch.nn.Linear(2, 2)
+    assert not torch.equal(torch.get_rng_state(), draws)
     import_module("llava.utils").disable_torch_init()
-    torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)
+    draws = torch.get_rng_state()
+    linear, norm = torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)
+    assert torch.equal(torch.get_rng_state(), draws)
+    for layer in (linear, norm):
+        layer.weight.data.fill_(7)
+        layer.reset_parameters()
+        assert (layer.weight == 7).all()
 
 
 # --- helpers that do what the harnesses do ---

@@ -585,7 +585,6 @@ def complaint_about(path: str | Path) -> str:
     with pytest.raises(InputError) as error:
         load_image(path)
     message = str(error.value)
-    assert "\n" not in message
     assert str(path) in message or repr(str(path)) in message
     return message
 
@@ -652,10 +651,7 @@ def read_or_refuse(file: Path) -> None:
     try:
         assert load_image(file).mode == "RGB"
     except InputError as error:
-        complaint = str(error)
-    else:
-        complaint = ""
-    assert "\n" not in complaint
+        assert repr(str(file)) in str(error)  # noqa: PT017
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -2,29 +2,17 @@
 
 import errno
 import os
-import resource
 import stat
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from llava.constants import InputError
 from llava.output import check_output, draft_of, make_folder, write_whole
+from tests.conftest import file_limit
 
 ROOT = os.geteuid() == 0
-
-
-@contextmanager
-def file_limit(size):
-    """Let no file grow beyond a size, as on a full disk: python ignores the signal, and gets EFBIG."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def listed(folder):

@@ -111,7 +111,7 @@ def test_a_drawing_is_of_bounded_size(traced, size):
 
 
 def test_command_writes_a_png(checkpoint, tmp_path, command):
-    photo, out = tmp_path / "photo.png", tmp_path / "kept.png"
+    photo, out = tmp_path / "photo.png", tmp_path / "new" / "kept.png"
     picture(300, 200).save(photo)
     arguments = ["--model-path", checkpoint(), "--image-file", photo, "--output", out, "--method", "uniform"]
     code, said, _ = command(visualize.main, *arguments)
@@ -119,9 +119,18 @@ def test_command_writes_a_png(checkpoint, tmp_path, command):
     assert Image.open(out).format == "PNG"
 
 
-def test_missing_output_folder_is_said_before_anything_runs(tmp_path, command):
-    for output in (tmp_path / "no" / "kept.png", tmp_path, tmp_path / "kept.foo"):
+def test_an_output_that_cannot_be_is_said_before_anything_runs(tmp_path, command):
+    folder, file = tmp_path / "folder.png", tmp_path / "file"
+    folder.mkdir()
+    file.touch()
+    for output, said in (
+        (tmp_path / "kept.foo", "must be a .png file"),
+        (folder, "Is a directory"),
+        (file / "kept.png", "Not a directory"),
+    ):
         arguments = ["--model-path", "nosuch", "--image-file", "nosuch.png", "--output", output]
-        code, _, err = command(visualize.main, *arguments)
-        assert code == 2
-        assert "--output" in err
+        code, out, err = command(visualize.main, *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert said in err
+        assert str(output) in err
+    assert sorted(tmp_path.iterdir()) == [file, folder]

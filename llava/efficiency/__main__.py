@@ -16,6 +16,7 @@ from llava.constants import InputError
 from llava.efficiency import report
 from llava.efficiency.devices import DEVICES, get_device
 from llava.efficiency.shapes import MODELS, load
+from llava.output import check_output
 from llava.utils import OneLineParser, add_method_arguments, at_least, run_command
 
 
@@ -59,6 +60,8 @@ def paper_tables(as_json: bool) -> None:
 
 def print_analysis(args: argparse.Namespace) -> None:
     """Print the analysis of a request, and draw it if asked to."""
+    if args.plot:
+        check_output(args.plot)
     from llava.efficiency.analysis import analyse  # loads torch, which the paper's tables do without
 
     model, devices = load(args.model), [get_device(name) for name in args.device or DEVICES]

@@ -11,6 +11,7 @@ if not __package__:  # run by path
 from llava.eval.benchmarks._common import latest, mean, write_json
 from llava.eval.benchmarks.base import read_jsonl
 from llava.eval.benchmarks.scienceqa import LETTERS, Verdict, coverage, judge
+from llava.output import check_output
 from llava.utils import OneLineParser, run_command
 
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--options", type=list, default=list(LETTERS), help="letters of the choices, such as ABCDE")
     args = parser.parse_args(argv)
+    for output in (args.output_file, args.output_result):
+        check_output(output)
     answers, notes = latest(read_jsonl(args.result_file))
     verdicts = judge(answers, args.base_dir, args.split, args.options)
     sides = {side: [v for v in verdicts if v.right == (side == "correct")] for side in ("correct", "incorrect")}

@@ -16,6 +16,7 @@ from llava.constants import InputError, OutOfReach
 from llava.eval import answer, benchmarks
 from llava.eval.cells import Cell, add_grid_arguments, append_cell, cells
 from llava.eval.published import COLUMNS, columns
+from llava.interrupts import kept
 from llava.model.builder import read_config
 from llava.utils import OneLineParser, at_least, run_command
 
@@ -116,7 +117,10 @@ def run(args: argparse.Namespace) -> int:
 
 def main() -> None:
     """Run the command; exit code 3 if some questions could not be asked."""
-    if run(build_parser().parse_args()):
+    args = build_parser().parse_args()
+    with kept(f"the answers in {str(args.out)!r} are kept; the same command continues"):
+        unasked = run(args)
+    if unasked:
         raise SystemExit(3)
 
 

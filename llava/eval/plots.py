@@ -17,6 +17,7 @@ from llava.eval.cells import Key
 from llava.eval.published import UPPER
 from llava.eval.runs import add_run_arguments, collect
 from llava.eval.table import compare
+from llava.output import check_output
 from llava.utils import OneLineParser, new_figure, run_command, save_figure
 
 Curves = dict[str, list[tuple[float, float]]]
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--field", help="draw against this field of a method instead of the ratio")
     parser.add_argument("--log", action="store_true", help="logarithmic x axis")
     args = parser.parse_args()
+    check_output(args.output)
     found = collect(args.root, args.data or args.root, args.model_path, args.cells)
     sys.stderr.write("".join(f"note: {note}\n" for note in found.notes))
     rows = compare(found)

@@ -103,7 +103,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.json:
         print(as_text(summary), flush=True)  # the score stands, whatever becomes of the export
     if args.export is not None:
-        args.export.mkdir(parents=True, exist_ok=True)
         files = benchmark.export(read_jsonl(args.answers_file), data, args.export)
         summary["exported"] = [str(file) for file in files]
     if args.json:

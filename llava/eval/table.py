@@ -68,19 +68,19 @@ def remarks(found: Found) -> list[str]:
         shared = set.intersection(*(set(run.result.notes) for run in runs)) if runs else set()
         lines += [f"{name}: {note}" for note in runs[0].result.notes if note in shared] if runs else []
         lines += _uncompared(runs)
-    why: dict[tuple[str, str], list[Key]] = defaultdict(list)
-    for (benchmark, key), reason in found.missing.items():
-        why[benchmark, reason].append(key)
-    lines += [f"missing: {_several(benchmark, keys)} ({reason})" for (benchmark, reason), keys in why.items()]
+    why: dict[str, list[tuple[str, Key]]] = defaultdict(list)
+    for cell, reason in found.missing.items():
+        why[reason].append(cell)
+    lines += [f"missing: {_several(cells)} ({reason})" for reason, cells in why.items()]
     return [*lines, *found.notes]
 
 
 def _uncompared(runs: Sequence[Run]) -> Iterator[str]:
     """Say which runs of a benchmark are not, or not wholly, compared with their upper bound."""
     bounds = [(run, upper_bound(run, runs)) for run in runs]
-    if alone := [run.key for run, bound in bounds if bound is None]:
+    if alone := [(run.benchmark, run.key) for run, bound in bounds if bound is None]:
         yield (
-            f"{_several(runs[0].benchmark, alone)}: no upper bound of the same configuration and number of answers; "
+            f"{_several(alone)}: no upper bound of the same configuration and number of answers; "
             "run it with METHOD=none and otherwise the same variables"
         )
     for run, bound in bounds:
@@ -88,8 +88,8 @@ def _uncompared(runs: Sequence[Run]) -> Iterator[str]:
             yield f"{said(run.benchmark, run.key)}: over {run.result.n} questions, its upper bound {bound.result.n}"
 
 
-def _several(benchmark: str, keys: Sequence[Key]) -> str:
-    return said(benchmark, keys[0]) + (f" and {len(keys) - 1} more" if keys[1:] else "")
+def _several(cells: Sequence[tuple[str, Key]]) -> str:
+    return said(*cells[0]) + (f" and {len(cells) - 1} more" if cells[1:] else "")
 
 
 def shown(rows: Rows) -> list[str]:
@@ -139,19 +139,21 @@ def _ratio(key: Key) -> str:
 def as_text(rows: Rows, model_path: str) -> str:
     """Write the table in columns, ratio by ratio."""
     heads, listed = layout(rows, model_path)
-    width = max(30, *(2 + len(key[0]) for key in rows))
+    # Two spaces before what is longest in a column.
+    table = [heads, *(line for _, lines in listed for line in lines)]
+    widths = [2 + max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [f"{model_path}: measured; difference to the upper bound with its 95 % interval; published"]
     ratio = None
     for key, cells in listed:
         if key[1] != ratio:
             ratio = key[1]
-            lines += ["", _ratio(key), _line(heads, width)]
-        lines += [_line(line, width) for line in cells]
+            lines += ["", _ratio(key), _line(heads, widths)]
+        lines += [_line(line, widths) for line in cells]
     return "\n".join(lines)
 
 
-def _line(cells: Sequence[str], width: int) -> str:
-    return f"{cells[0]:{width}}" + "".join(f"{cell:>18}" for cell in cells[1:])
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return f"{cells[0]:{widths[0]}}" + "".join(f"{c:>{w}}" for c, w in zip(cells[1:], widths[1:], strict=True))
 
 
 def as_markdown(rows: Rows, model_path: str) -> str:

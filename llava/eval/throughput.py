@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from llava.compress import get
 from llava.constants import InputError
@@ -29,6 +29,7 @@ from llava.eval.engine import Asked, Engine
 from llava.eval.pictures import Picture, Pictures, Source, stream
 from llava.model.builder import load_pretrained_model
 from llava.model.miniature import GRIDS, PATCH, published_config, state_shapes, write_miniature
+from llava.output import refusing, write_whole
 from llava.utils import OneLineParser, at_least, run_command
 
 METHODS = ("none", "globalcom2(retention_ratio=0.25)")
@@ -100,13 +101,13 @@ def write_scaled(folder: Path, scale: Scale) -> Path:
         folder / "clip" / "config.json": vision,
         folder / "clip" / "preprocessor_config.json": processor | {"crop_size": tile, "size": tile},
     }.items():
-        file.write_text(json.dumps(content))
+        write_whole(file, json.dumps(content))
     for old in folder.glob("model*"):
         old.unlink()
     generator = torch.Generator().manual_seed(0)
     shapes = state_shapes(config, vision)
     state = {name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for name, shape in shapes.items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    write_whole(folder / "model.safetensors", save(state, metadata={"format": "pt"}))
     return folder
 
 
@@ -210,7 +211,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     args.rounds = min(args.rounds, args.images)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, refusing(Path(folder)):
         found = compare(measure(args, Path(folder)))
     print(json.dumps(found) if args.json else as_text(found))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llava.constants import InputError
+from llava.output import check_output, make_folder, write_whole
 from llava.utils import OneLineParser, run_command
 
 SIDE, PATCH = 6, 14
@@ -58,17 +59,15 @@ def write_miniature(
     if version not in VERSIONS:
         raise InputError(f"unknown version {version!r}; choose from {', '.join(VERSIONS)}")
     root = Path(folder)
-    try:
-        (root / "clip").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {str(root)!r} ({error.strerror}); give another") from error
+    make_folder(root / "clip")
+    check_output(root / "config.json")
     config = published_config(version)
     state = random_state(config, seed)
     _write_tokenizer(root)
     _write_clip(root / "clip", state)
     if version == "v1.5":
         state = {name: tensor for name, tensor in state.items() if ".vision_tower." not in name}
-    (root / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_whole(root / "config.json", json.dumps(config, indent=2) + "\n")
     # As on the hub: sampling values without do_sample, and a max_length from pre-training.
     generation = {
         "bos_token_id": 1,
@@ -78,7 +77,7 @@ def write_miniature(
         "temperature": 0.9,
         "top_p": 0.6,
     }
-    (root / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    write_whole(root / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     _write_weights(root, state, file_format, shards)
     return root
 
@@ -228,7 +227,7 @@ def _write_tokenizer(root: Path) -> None:
 
 def write_tokenizer(root: Path, model: bytes) -> None:
     """Write a SentencePiece model as the published checkpoints carry theirs."""
-    (root / "tokenizer.model").write_bytes(model)
+    write_whole(root / "tokenizer.model", model)
     settings = {
         "add_bos_token": True,
         "add_eos_token": False,
@@ -241,25 +240,24 @@ def write_tokenizer(root: Path, model: bytes) -> None:
         "padding_side": "right",
         "tokenizer_class": "LlamaTokenizer",
     }
-    (root / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_whole(root / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
 
 def _write_clip(folder: Path, state: dict[str, Tensor]) -> None:
     """Write the CLIP folder: config, preprocessor, and the tower's weights under CLIP's own names."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     prefix = "model.vision_tower.vision_tower."
     tower = {name.removeprefix(prefix): t.clone() for name, t in state.items() if name.startswith(prefix)}
     write_clip_shape(folder, VISION)
-    save_file(tower, folder / "model.safetensors", metadata={"format": "pt"})
+    write_whole(folder / "model.safetensors", save(tower, metadata={"format": "pt"}))
 
 
 def write_clip_shape(folder: Path, vision: dict[str, int]) -> None:
     """Write config and preprocessing of a CLIP folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     tile = vision["image_size"]
     config = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **vision}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
     preprocessor = {
         "crop_size": tile,
         "do_center_crop": True,
@@ -271,12 +269,12 @@ def write_clip_shape(folder: Path, vision: dict[str, int]) -> None:
         "resample": 3,
         "size": tile,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    write_whole(folder / "preprocessor_config.json", json.dumps(preprocessor, indent=2) + "\n")
 
 
 def _write_weights(root: Path, state: dict[str, Tensor], file_format: str, shards: int) -> None:
     """Write the tensors in shards with an index, as the hub stores them."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     for old in (*root.glob("model*.safetensors*"), *root.glob("pytorch_model*.bin*")):
         old.unlink()
@@ -289,12 +287,14 @@ def _write_weights(root: Path, state: dict[str, Tensor], file_format: str, shard
         part = {name: state[name] for name in names[shard * per_shard : (shard + 1) * per_shard]}
         where |= dict.fromkeys(part, file)
         if suffix == "bin":
-            torch.save(part, root / file)
+            buffer = io.BytesIO()
+            torch.save(part, buffer)
+            write_whole(root / file, buffer.getvalue())
         else:
-            save_file(part, root / file, metadata={"format": "pt"})
+            write_whole(root / file, save(part, metadata={"format": "pt"}))
     size = sum(t.numel() * t.element_size() for t in state.values())
     index = {"metadata": {"total_size": size}, "weight_map": where}
-    (root / f"{stem}.{suffix}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_whole(root / f"{stem}.{suffix}.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def main() -> None:

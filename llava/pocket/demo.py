@@ -9,6 +9,7 @@ import numpy as np
 from llava.compress import get
 from llava.eval.run_llava import ask
 from llava.model.builder import load_pretrained_model
+from llava.output import draft_of, make_folder
 from llava.pocket.questions import TASKS, Balance
 from llava.pocket.scenes import make_scene
 from llava.utils import OneLineParser, at_least, run_command
@@ -28,6 +29,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", action="store_true", help="print one JSON object a question")
     args = parser.parse_args()
+    if args.pictures:
+        make_folder(args.pictures)
     methods = [get(args.method, retention_ratio=ratio) for ratio in args.ratios]
     tokenizer, model, processor, _ = load_pretrained_model(args.model_path, device=args.device)
     rng, balance = np.random.default_rng(args.first), Balance()
@@ -40,8 +43,8 @@ def main() -> None:
             model.method = method
             answers.append(ask(tokenizer, model, processor, asked.prompt, [scene.image], max_new_tokens=64))
         if args.pictures:
-            args.pictures.mkdir(parents=True, exist_ok=True)
-            scene.image.save(args.pictures / f"{task}.png")
+            with draft_of(args.pictures / f"{task}.png") as draft:
+                scene.image.save(draft, format="PNG")
         if args.json:
             said = dict(zip(map(str, args.ratios), answers, strict=True))
             print(json.dumps({"task": task, "question": asked.prompt, "truth": asked.answer, "answers": said}))

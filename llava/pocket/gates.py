@@ -3,6 +3,7 @@
 `python -m llava.pocket.gates` measures the shipped checkpoint on test scenes.
 """
 
+import argparse
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ from llava.constants import InputError
 from llava.eval import benchmarks, grid
 from llava.eval.benchmarks.base import Result, Row, read_jsonl
 from llava.eval.runs import collect
+from llava.interrupts import kept
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.pocket.questions import UNANSWERABLE
@@ -215,6 +217,12 @@ def main() -> None:
     parser.add_argument("--scenes", type=at_least(1), default=110, help="for everything but questions")
     parser.add_argument("--ratio", type=float, default=0.1, help="for coverage")
     args = parser.parse_args()
+    with kept(f"the answers in {str(args.out)!r} are kept; the same command continues"):
+        print(json.dumps(measure(args), indent=1))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return everything that is known of a checkpoint."""
     _, model, processor, _ = load_pretrained_model(args.model_path, device="cpu")
     scenes = [make_scene("test", index) for index in range(args.scenes)]
     tower = model.get_vision_tower()
@@ -227,7 +235,7 @@ def main() -> None:
     specs = [get(spec, retention_ratio=args.ratio) for spec in METHODS]
     found["coverage"] = {str(spec): coverage(model, processor, scenes, str(spec)) for spec in specs}
     found["controls"] = controls(args.model_path, args.data, args.out)
-    print(json.dumps(found, indent=1))
+    return found
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.miniature import published_config, write_clip_shape, write_tokenizer
+from llava.output import write_whole
 from llava.pocket.scenes import CANVASES, CELL, CHARACTERS, TILE
 
 HEAD = 32
@@ -103,9 +104,9 @@ def save_checkpoint(folder: Path, model: LlavaLlamaForCausalLM, tokenizer: bytes
     write_clip_shape(folder / "clip", vision)
     write_tokenizer(folder, tokenizer)
     config = pocket_config(shape, language, model.config.vocab_size)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
     settings = {"bos_token_id": 1, "eos_token_id": 2, "max_length": 4096, "pad_token_id": 0}
-    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_whole(folder / "generation_config.json", json.dumps(settings, indent=2) + "\n")
     ours, published = "vision_tower.vision_tower.", "vision_tower.vision_tower.vision_model."
     state = {name.replace(ours, published): t.half().contiguous() for name, t in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    write_whole(folder / "model.safetensors", save(state, metadata={"format": "pt"}))

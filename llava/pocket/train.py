@@ -1,6 +1,7 @@
 """Train the pocket checkpoint: `python -m llava.pocket.train --work DIR [--device cuda] [--resume]`."""
 
 import argparse
+import io
 import json
 import math
 import re
@@ -21,10 +22,11 @@ from transformers import CLIPImageProcessorPil
 from llava.compress import get
 from llava.constants import InputError
 from llava.eval.run_llava import build_prompt
-from llava.interrupts import deaf_children
+from llava.interrupts import deaf_children, kept
 from llava.mm_utils import process_images
 from llava.model.builder import load_tokenizer
 from llava.model.miniature import write_tokenizer
+from llava.output import refusing, write_whole
 from llava.pocket.model import build_model, build_tower, pocket_config, save_checkpoint, train_tokenizer
 from llava.pocket.questions import TASKS
 from llava.pocket.scenes import CANVASES, TILE, make_scene
@@ -209,7 +211,7 @@ def run_stage(
         start, log = state["step"], state["log"]
         # What was logged after the state was saved is going to be logged again.
         rows = table.read_text().splitlines() if table.exists() else []
-        table.write_text("".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= start))
+        write_whole(table, "".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= start))
     saved = began = time.monotonic()
     for number, batch in enumerate(batches(range(start, stage.steps)), start):
         with torch.autocast(args.device, torch.bfloat16, enabled=not args.fp32):
@@ -224,13 +226,14 @@ def run_stage(
             row = {"step": number + 1, "rate": rate, "seconds": round(time.monotonic() - began, 1)} | log
             line = json.dumps({key: round(value, 5) for key, value in row.items()})
             print(line, flush=True)
-            with table.open("a") as stream:
+            with refusing(table), table.open("a") as stream:
                 stream.write(line + "\n")
         if last or time.monotonic() - saved > 60 * args.save_minutes:
             saved = time.monotonic()
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": number + 1, "log": log}
-            torch.save(state, file.with_suffix(".tmp"))
-            file.with_suffix(".tmp").replace(file)
+            buffer = io.BytesIO()  # torch has an error of its own for a full disk
+            torch.save(state, buffer)
+            write_whole(file, buffer.getvalue())
 
 
 def see(config: Config, args: argparse.Namespace) -> Seeing:
@@ -257,7 +260,6 @@ def talk(config: Config, args: argparse.Namespace, tower: dict[str, Tensor]) -> 
     frame = args.work / "frame"
     if not (frame / "tokenizer.model").is_file():
         shape = pocket_config(config.vision, config.language, 0)
-        frame.mkdir(exist_ok=True)
         write_tokenizer(frame, train_tokenizer(corpus(SimpleNamespace(**shape))))
     tokenizer = load_tokenizer(str(frame))
     torch.manual_seed(config.seed)
@@ -302,8 +304,7 @@ def train(config: Config, args: argparse.Namespace) -> Path:
         raise InputError(f"{str(args.work)!r} holds a training; go on with --resume, or give another --work")
     if record.exists() and record.read_text() != now:
         raise InputError(f"{str(args.work)!r} holds a training with other settings; give another --work")
-    args.work.mkdir(parents=True, exist_ok=True)
-    record.write_text(now)
+    write_whole(record, now)
     tower = see(config, args).tower.state_dict()
     talk(config, args, tower)
     return Path(args.work / "checkpoint")
@@ -312,7 +313,8 @@ def train(config: Config, args: argparse.Namespace) -> Path:
 def main() -> None:
     """Run the command."""
     args = build_parser().parse_args()
-    print(train(LARGE if args.large else Config(), args))
+    with kept(f"what {str(args.work)!r} holds is kept, at most {args.save_minutes:g} minutes are lost; add --resume"):
+        print(train(LARGE if args.large else Config(), args))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from PIL import Image
 from llava.eval.benchmarks._mmbench import ROTATION
 from llava.eval.benchmarks._mmbench_table import LETTERS, rotated
 from llava.eval.benchmarks.mme import YES_OR_NO
+from llava.interrupts import kept
+from llava.output import check_output, draft_of, write_whole
 from llava.pocket.questions import TASKS, UNANSWERABLE, Asked, Balance, mentions
 from llava.pocket.scenes import Scene, make_scene
 from llava.utils import OneLineParser, at_least, run_command
@@ -41,12 +43,13 @@ class Book:
     def picture(self, scene: Scene, name: str) -> str:
         """Link a scene's picture under the name a data set has for it; returns the name."""
         file, source = self.root / name, scene_file(self.root.parent, scene)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            try:
-                os.link(source, file)
-            except OSError:  # no links here
-                shutil.copyfile(source, file)
+        if not file.exists() or not file.samefile(source):
+            with draft_of(file) as draft:
+                try:
+                    draft.unlink(missing_ok=True)
+                    os.link(source, draft)
+                except OSError:  # no links here
+                    shutil.copyfile(source, draft)
         return name
 
     def note(self, key: object, scene: Scene, asked: Asked) -> None:
@@ -63,8 +66,7 @@ class Book:
 
     def text(self, name: str, text: str) -> None:
         """Write a text file."""
-        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-        (self.root / name).write_text(text, encoding="utf-8")
+        write_whole(self.root / name, text)
 
 
 def scene_file(root: Path, scene: Scene) -> Path:
@@ -179,8 +181,7 @@ def _mmbench(book: Book) -> None:
     columns = ["index", "question", "hint", *LETTERS, "answer", "category", "image", "source", "l2-category"]
     columns += ["comment", "split"]
     file = {"mmbench": "mmbench_dev_20230712.tsv", "mmbench_cn": "mmbench_dev_cn_20231003.tsv"}[book.task]
-    book.root.mkdir(parents=True, exist_ok=True)
-    with (book.root / file).open("w", newline="", encoding="utf-8") as stream:
+    with draft_of(book.root / file) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
         table = csv.writer(stream, delimiter="\t", lineterminator="\n")
         table.writerow(columns)
         for number, (scene, asked) in enumerate(book.asked):
@@ -248,17 +249,18 @@ def write_benchmarks(root: Path, split: str = "test", scenes: int = SCENES, blan
     Returns:
         The folder.
     """
-    (root / "scenes").mkdir(parents=True, exist_ok=True)
+    check_output(root / "truth.json")
     drawn = [make_scene(split, index) for index in range(scenes)]
     for scene in drawn:
         picture = Image.new("RGB", scene.image.size, (128, 128, 128)) if blank else scene.image
-        picture.save(scene_file(root, scene))
+        with draft_of(scene_file(root, scene)) as draft:
+            picture.save(draft, format="PNG")
     truth = {}
     for task, (folder, write) in WRITERS.items():
         book = Book(root / folder, task, ask_about(drawn, task))
         write(book)
         truth[task] = book.truth
-    (root / "truth.json").write_text(json.dumps(truth))
+    write_whole(root / "truth.json", json.dumps(truth))
     return root
 
 
@@ -270,7 +272,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=at_least(1), default=SCENES)
     parser.add_argument("--blank", action="store_true", help="grey pictures: what can be had without looking")
     args = parser.parse_args()
-    print(write_benchmarks(args.folder, args.split, args.scenes, args.blank))
+    with kept("the data sets are written in part; the same command writes the rest"):
+        print(write_benchmarks(args.folder, args.split, args.scenes, args.blank))
 
 
 if __name__ == "__main__":

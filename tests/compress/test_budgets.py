@@ -82,6 +82,7 @@ def uncompressed(model: Any) -> list[tuple[int, int]]:
     """Patches and all tokens of every image."""
     model.method = get("none")
     trace = run(model, SIZES)
+    assert len(trace.visual_per_layer) == len(SIZES)
     assert all(set(layers) == {layers[0]} for layers in trace.visual_per_layer)
     return [
         (image.packed.patches, layers[0]) for image, layers in zip(trace.images, trace.visual_per_layer, strict=True)

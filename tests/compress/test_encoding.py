@@ -1,5 +1,6 @@
 """Merging inside the encoder: tokens really get fewer, every image is as if alone, and the tower is as before."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -219,7 +220,7 @@ def test_also_after_an_error_in_the_method() -> None:
     tower = make_tower()
     with unchanged(tower), pytest.raises(ZeroDivisionError):
         encode(tower, Failing(retention_ratio=0.4))
-    with unchanged(tower), pytest.raises(InputError):
+    with unchanged(tower), pytest.raises(InputError, match="first_layer"):
         encode(tower, get("tome(retention_ratio=0.01, first_layer=3)"))
 
 
@@ -298,9 +299,8 @@ def test_the_authors_switch_takes_as_many_from_every_view() -> None:
     ],
 )
 def test_what_cannot_be_is_refused(spec: str, depth: int, named: str) -> None:
-    with pytest.raises(InputError, match=named) as error:
+    with pytest.raises(InputError, match=named):
         get(spec).patches_per_layer(AnyResGrid(image_size=(336, 336)), Layout(), depth)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -323,9 +323,9 @@ def test_what_cannot_be_is_refused(spec: str, depth: int, named: str) -> None:
     ],
 )
 def test_bad_values_are_named(bad: str) -> None:
-    with pytest.raises(InputError) as error:
+    field, value = re.search(r"\((\w+)=([^,)]+)", bad).groups()  # the first is at fault
+    with pytest.raises(InputError, match=rf"\b{field}\b.*{re.escape(value)}"):
         get(bad)
-    assert "\n" not in str(error.value)
 
 
 def test_a_stand_in_for_an_encoder() -> None:

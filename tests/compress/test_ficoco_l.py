@@ -60,9 +60,8 @@ def test_the_released_formulas_and_what_is_wrong_with_them() -> None:
 
 
 def test_released_is_refused_as_a_whole() -> None:
-    with pytest.raises(InputError, match="does not parse") as error:
+    with pytest.raises(InputError, match="does not parse"):
         get("ficoco_l(profile='released')")
-    assert "\n" not in str(error.value)
 
 
 def tokens(layer: int = 5) -> LayerTokens:
@@ -164,9 +163,8 @@ def test_the_ratio_is_the_mean_over_layers(n: int, ratio: float, fields: str) ->
     ],
 )
 def test_the_unreachable_is_refused(spec: str, message: str) -> None:
-    with pytest.raises(InputError, match=message) as error:
+    with pytest.raises(InputError, match=message):
         get(spec).visual_per_layer(576, 32)
-    assert "\n" not in str(error.value)
     assert get(spec).visual_per_layer(0, 32) == (0,) * 32 or "40" in spec
 
 

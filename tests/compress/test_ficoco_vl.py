@@ -46,9 +46,8 @@ def test_switches() -> None:
 
 
 def test_what_the_language_model_cannot_do_is_refused() -> None:
-    with pytest.raises(InputError, match=r"vision_share.*at least") as error:
+    with pytest.raises(InputError, match=r"vision_share.*at least"):
         get("ficoco_vl(retention_ratio=0.1, vision_share=0.3)").visual_per_layer(1000, 32)
-    assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="both r and r_language"):
         get("ficoco_vl(r_language=4)")
 

@@ -382,9 +382,8 @@ def test_get(spec: str, fallback: dict[str, object], text: str) -> None:
     ],
 )
 def test_what_cannot_be_built_is_named(spec: str, named: str) -> None:
-    with pytest.raises(InputError, match=named) as error:
+    with pytest.raises(InputError, match=named):
         get(spec)
-    assert "\n" not in str(error.value)
 
 
 @every_method

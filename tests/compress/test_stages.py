@@ -101,7 +101,9 @@ def test_a_padded_batch_is_its_prompts(spec: str, dtype: torch.dtype) -> None:
 @every_method
 def test_nothing_is_read_from_the_device(spec: str) -> None:
     # A meta tensor holds no values: whatever asks for one raises.
-    for hidden, role in run(get(spec), roles().to("meta"), noise().to("meta")):
+    behind = run(get(spec), roles().to("meta"), noise().to("meta"))
+    assert len(behind) == len(get(spec).points_in(DEPTH))
+    for hidden, role in behind:
         assert hidden.device.type == role.device.type == "meta"
 
 

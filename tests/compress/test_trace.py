@@ -45,7 +45,9 @@ def traced(loaded: Callable[..., Loaded], monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("version", ["v1.6-vicuna", "v1.5"])
 @pytest.mark.parametrize("name", available())
 def test_tokens_are_kept_patches_newlines_and_what_was_appended(name: str, version: str, traced) -> None:
-    for image in traced(name, SIZES, version).images:
+    images = traced(name, SIZES, version).images
+    assert len(images) == len(SIZES)
+    for image in images:
         account, origin = image.ledger(), image.packed.origin
         assert account["tokens"] == len(origin)
         assert account["kept"] == sum(account["patches_after"]) == int((origin >= 0).sum())

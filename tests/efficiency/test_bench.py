@@ -34,10 +34,11 @@ def test_spread_is_median_and_quartiles() -> None:
     assert found == {"x": Spread(median=2, low=1.5, high=2.5), "y": Spread(median=5, low=5, high=5)}
 
 
-def test_timed_returns_the_result() -> None:
-    result, seconds = timed(lambda: "done", CPU)
-    assert result == "done"
-    assert seconds >= 0
+def test_timed_returns_the_result_and_the_time_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((10.0, 12.5))
+    monkeypatch.setattr(bench, "moment", lambda device: next(clock))
+    monkeypatch.setattr(bench, "seconds_between", lambda start, end: end - start)
+    assert timed(lambda: "done", CPU) == ("done", 2.5)
 
 
 def test_peak_is_what_is_held_at_once() -> None:

@@ -178,7 +178,8 @@ def assert_one_line(command: Command, message: str, *words: str) -> None:
         (("--batch-size", "many"), "invalid integer value: 'many'"),
         (("--paper-tables", "--plot", "a.png"), "leave --paper-tables out"),
         (("--method", "thumbnail_only", "--plot", "a.png"), "there is nothing to draw"),
-        (("--plot", "/no/such/folder/a.png", "--device", "H200"), "cannot write the picture"),
+        (("--plot", "/dev/null/a.png", "--device", "H200"), "cannot write '/dev/null/a.png' (Not a directory)"),
+        (("--plot", "/dev/full", "--device", "H200"), "cannot write '/dev/full' (No space left on device)"),
         (("--nosuch",), "unrecognized arguments"),
     ],
 )

@@ -108,7 +108,7 @@ def test_what_no_image_can_meet_is_refused() -> None:
     # The first two for the largest image alone, newlines included; the third for a thumbnail alone.
     for spec in ("ficoco_l(r=107)", "ficoco_vl(r=49, r_language=8)", "sparsevlm(budget='paper', retention_ratio=0.04)"):
         check_reach(NEXT, get(spec))
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match=r"at least|at most"):
             plan_request(NEXT, get(spec), (672, 672) if "paper" in spec else (1, 336))
 
 

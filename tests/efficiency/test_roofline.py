@@ -181,10 +181,19 @@ def test_tokens_dropped_inside_the_language_model() -> None:
     assert held.kv_bytes == request.kv_bytes
 
 
-@pytest.mark.parametrize("wrong", [{"views": -1}, {"kept": -1}, {"output": 0}, {"batch": 0}, {"tokens": (1,)}])
-def test_impossible_requests(wrong: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"views": -1}, "views must be at least 0, got -1"),
+        ({"kept": -1}, "kept must be at least 0, got -1"),
+        ({"output": 0}, "output must be at least 1, got 0"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"tokens": (1,)}, "each of 32 layers, got 1"),
+    ],
+)
+def test_impossible_requests(wrong: dict[str, object], said: str) -> None:
     fields = {"model": NEXT["7b"], "views": 1, "kept": 1, "tokens": (1,) * 32} | wrong
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=said):
         Request(**fields)  # type: ignore[arg-type]
 
 
@@ -198,5 +207,5 @@ def test_removed_share_runs_from_nothing_to_all(limit: float, share: float) -> N
 
 @pytest.mark.parametrize("pair", [(0, 2), (2, 0), (2, 1), (-1, 2)])
 def test_removed_share_of_nothing(pair: tuple[float, float]) -> None:
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=f"got {pair[0]:g} of {pair[1]:g}$"):
         removed_share(*pair)

@@ -184,7 +184,12 @@ def test_a_cell_that_fails_stops_no_other_and_is_missing_in_the_table(
     assert rows["fastv(layer=9)"][:3] == ["missing"] * 2
     assert rows["uniform"][0] == "missing"
     assert "missing" not in rows["uniform"][1:]
-    assert out.count("gqa with") == 2, "a note for the missing questions, another for the bug"
+    missing = [line for line in out.splitlines() if line.startswith("note: missing: ")]
+    assert len(missing) == 3, "one for each reason: a method without a layer, a bug, no questions"
+    assert any(
+        line.endswith("(ZeroDivisionError: a bug)") and "textvqa with random at 0.75 and 1 more" in line
+        for line in missing
+    )
 
 
 def test_questions_that_cannot_be_asked_end_in_exit_code_3(

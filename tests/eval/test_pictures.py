@@ -131,7 +131,9 @@ def test_a_pinned_picture_is_the_same_but_for_where_its_views_lie(pictures, monk
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_pinned_is_the_same(pictures, workers):
-    for found in stream(pictures, [Source(0, "0.png"), Source(1), Source(2, "half.png")], workers):
+    streamed = list(stream(pictures, [Source(0, "0.png"), Source(1), Source(2, "half.png")], workers))
+    assert [found.group for found in streamed] == [0, 1, 2]
+    for found in streamed:
         if found.group == 0:
             assert found.views.is_pinned()
             assert not found.views.is_shared()
@@ -200,7 +202,7 @@ def test_links_in_a_circle_are_unreadable_not_outside(folder, pictures):
 def test_a_relative_folder(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     check_paths([ask("0.png")], Path("images"))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"question 5 .*outside the image folder: '\.\./secret\.png'"):
         check_paths([ask("../secret.png")], Path("images"))
 
 

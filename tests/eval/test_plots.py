@@ -8,6 +8,7 @@ from PIL import Image
 
 from llava.constants import InputError
 from llava.eval.plots import against_field, against_ratio, draw
+from tests.conftest import file_limit
 
 ROWS = {
     ("none", 1.0): {"average": 100.0},
@@ -44,6 +45,16 @@ def test_against_a_field_runs_differ_in_nothing_else() -> None:
 def test_without_an_upper_bound_nothing_is_drawn(rows: Any) -> None:
     with pytest.raises(InputError, match="no run has an upper bound"):
         against_ratio(rows)
+
+
+def test_on_a_full_disk_the_picture_before_stays(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("before")
+    with file_limit(8192), pytest.raises(InputError, match=r"^cannot write '.+a\.png' \(File too large\); raise"):
+        draw(against_ratio(ROWS), "x", tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.foo' \(Format 'foo' is not supported"):
+        draw(against_ratio(ROWS), "x", tmp_path / "a.foo")
+    assert (tmp_path / "a.png").read_text() == "before"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("logarithmic", [False, True])

@@ -151,6 +151,18 @@ def test_the_pockets_parts_do_not_wait_for_each_other(stub: Callable[..., Any]) 
     assert sum("-m llava.visualize" in command for command in commands) == 4
 
 
+def test_a_grid_that_cannot_begin_ends_the_pockets_script(tmp_path: Path) -> None:
+    done = bash("pocket", METHODS="globalcom9", OUT=tmp_path / "out", DATA=made(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "globalcom9" in done.stderr
+
+
+def made(folder: Path) -> Path:
+    """A folder that looks like the pocket's data."""
+    (folder / "truth.json").touch()
+    return folder
+
+
 def test_an_interrupt_ends_the_pockets_script(stub: Callable[..., Any]) -> None:
     done, commands, _ = stub("pocket", {"*llava.eval.grid*": 130})
     assert (done.returncode, ran(commands, "table")) == (130, [])

@@ -132,7 +132,8 @@ def test_chunks_share_a_sample(tmp_path: Path, checkpoint: Any) -> None:
     chunks = [("--num-chunks", 2, "--chunk-idx", number) for number in (0, 1)]
 
     def chosen(*more: Any) -> list[Question]:
-        return answer.select_questions(answer.parse(words(tmp_path, model, tmp_path / "a", "--sample", 5, *more)))
+        given = answer.parse(words(tmp_path, model, tmp_path / "a", "--sample", 5, *more))
+        return answer.select_questions(given)[0]
 
     assert [question for chunk in chunks for question in chosen(*chunk)] == chosen()
 

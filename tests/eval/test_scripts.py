@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -207,6 +208,54 @@ def test_without_the_packages(tmp_path: Path) -> None:
     done = bash("pope", PYTHON=python)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
+
+
+SLEEPER = """#!/bin/sh
+case "$*" in *llava.eval.answer*) exec {python} -c '
+import time
+from pathlib import Path
+from llava.utils import run_command
+def main():
+    Path("{mark}").touch()
+    try:
+        time.sleep(100)
+    except KeyboardInterrupt as stop:
+        stop.add_note("3 of 9 answers kept")
+        raise
+run_command(main)';; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "number", "all_of_them", "code"),
+    [
+        ("run_grid", signal.SIGINT, True, 130),
+        ("run_grid", signal.SIGTERM, False, 143),
+        ("pope", signal.SIGTERM, 1, 143),
+    ],
+)
+def test_an_interrupted_script_ends_with_its_command(
+    tmp_path: Path, script: str, number: int, all_of_them: bool, code: int
+) -> None:
+    """Whether everybody hears of it, as in a terminal, or the script alone."""
+    python, mark = tmp_path / "python", tmp_path / "started"
+    python.write_text(SLEEPER.format(python=sys.executable, mark=mark))
+    python.chmod(0o755)
+    settings = {"PATH": os.environ["PATH"], "PYTHON": str(python), "CKPT": "hub/id", "OUT": str(tmp_path / "out")}
+    process = subprocess.Popen(
+        ["bash", SCRIPTS / f"{script}.sh"],
+        env=settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGTERM)],
+    )
+    while not mark.exists():
+        assert process.poll() is None, process.communicate()
+    (os.killpg if all_of_them else os.kill)(process.pid, number)
+    out, err = process.communicate(timeout=60)  # returns once nobody holds the pipes any more
+    assert (process.returncode, out, err) == (code, "", "interrupted: 3 of 9 answers kept\n")
 
 
 def run_to_the_end(script: str, data: Path, out: Path, model: Path, **variables: Any) -> None:

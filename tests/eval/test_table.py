@@ -11,6 +11,7 @@ from llava.constants import InputError
 from llava.eval import benchmarks, published, table
 from llava.eval.benchmarks.base import Result
 from llava.eval.cells import OWN, Cell, append_cell, method_key, read_cells
+from llava.eval.intervals import Interval
 from llava.eval.published import COLUMNS, TABLES, TIMES, TITLES, UPPER
 from llava.eval.runs import Found, collect
 from tests.eval.data import write_benchmark
@@ -269,6 +270,19 @@ def test_what_is_scored_elsewhere_and_what_has_no_score_are_told_apart(results):
         bare = Result(benchmark="gqa", metrics={}, headline="accuracy", n=1, scored=scored)
         rows = table.compare(Found([type(run)(listed=run.listed, result=bare, pictures={}, seconds=None)]))
         assert table.layout(rows, "x")[1][0][1][0] == ["none", shown]
+
+
+def test_cells_do_not_touch():
+    """However wide an interval or long a method's name."""
+    rows = {}
+    for key in (UPPER, ("ficoco_vl(control_language_layer=-1, language_layers=1)", 0.25)):
+        rows[key] = {part: {} for part in ("n", "scored", "seconds", "missing")} | {"average": None, "averaged": 0}
+        rows[key] |= {"scores": {"gqa": 1.0, "mme": 1519.0}, "n": {"gqa": 9, "mme": 9}}
+        rows[key]["differences"] = {name: Interval(-1000.25, -1234.5, -1000.0, 9) for name in ("gqa", "mme")}
+    lines = table.as_text(rows, "x").splitlines()
+    (difference, _) = [line for line in lines if "difference" in line][1:]
+    assert difference.split() == ["difference", *["-1000.2", "[-1234.5,-1000.0]"] * 2]
+    assert len({len(line) for line in lines if "GQA" in line or "[" in line}) == 1
 
 
 def test_markdown(results, command):

@@ -40,9 +40,7 @@ def refusal(folder: str | Path, base: Path | str | None = None, **kwargs: Any) -
     """The one line with which a checkpoint is refused."""
     with pytest.raises(InputError) as caught:
         load(folder, base, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return str(caught.value)
 
 
 def edit_config(folder: Path, *absent: str, **values: Any) -> Path:
@@ -1296,4 +1294,5 @@ def test_a_missing_peft_is_named(adapter: Adapter, tmp_path: Path, without: Call
 
 def test_a_projector_needs_no_peft(adapter: Adapter, tmp_path: Path, without: Callable[[str], None]) -> None:
     without("peft")
-    load(adapter.write(tmp_path / "projector", lora=False), adapter.base)
+    _, model, _, _ = load(adapter.write(tmp_path / "projector", lora=False), adapter.base, dtype=torch.float32)
+    assert_same(state_of(model), adapter.weights | adapter.projector)

@@ -394,11 +394,19 @@ def test_greedy_search_ignores_sampling_settings_quietly(use: Any, pixels: Any, 
 
 
 def test_sampling_is_quiet_too(use: Any, pixels: Any) -> None:
-    with quiet():
-        use(METHODS[0]).generate(
-            ROWS[0][None], images=pixels((300, 200)), image_sizes=[(300, 200)], do_sample=True, temperature=0.2,
-            max_new_tokens=2,
-        )  # fmt: skip
+    """It follows the seed and the temperature: near 0 it is greedy, at 9 it is not."""
+    given = {"images": pixels((300, 200)), "image_sizes": [(300, 200)], "max_new_tokens": 4, "min_new_tokens": 4}
+
+    def sampled(seed: int, temperature: float) -> list[int]:
+        torch.manual_seed(seed)
+        with quiet():
+            out = use(METHODS[0]).generate(ROWS[0][None], **given, do_sample=True, temperature=temperature)
+        return out[0].tolist()
+
+    greedy = use(METHODS[0]).generate(ROWS[0][None], **given, do_sample=False)[0].tolist()
+    assert sampled(1, 1e-4) == sampled(2, 1e-4) == greedy
+    assert sampled(1, 9.0) == sampled(1, 9.0)
+    assert sampled(1, 9.0) != sampled(2, 9.0)
 
 
 # --- shapes of `images` ---
@@ -471,9 +479,8 @@ def test_half_precision_images_are_accepted(use: Any, pixels: Any, spec: str) ->
 
 def refused(model: Any, pattern: str, ids: Tensor, how: str = "generate", **given: Any) -> None:
     call = model.generate if how == "generate" else model
-    with pytest.raises(InputError, match=pattern) as error:
+    with pytest.raises(InputError, match=pattern):
         call(input_ids=ids, **given)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("how", ["generate", "forward"])
@@ -526,9 +533,9 @@ def test_an_overlong_prompt_names_both_lengths(
 
 def test_embeddings_are_not_taken(model: Any) -> None:
     embeds = torch.zeros(1, 4, 64)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="inputs_embeds are made from them"):
         model.generate(inputs_embeds=embeds)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="inputs_embeds are made from them"):
         model.generate(ROWS[0][None], inputs_embeds=embeds)
 
 

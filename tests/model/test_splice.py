@@ -175,9 +175,8 @@ def test_labels_keep_what_the_caller_ignored() -> None:
 @pytest.mark.parametrize(("placeholders", "images"), [(0, 1), (1, 0), (1, 2), (3, 2)])
 def test_a_mismatch_names_both_numbers(placeholders: int, images: int) -> None:
     ids = torch.tensor([[1, *[IMG] * placeholders, 5]])
-    with pytest.raises(InputError, match=rf"\b{placeholders}\b.*\b{images}\b") as error:
+    with pytest.raises(InputError, match=rf"\b{placeholders}\b.*\b{images}\b"):
         splice(ids, [image(2)] * images, embed)
-    assert "\n" not in str(error.value)
 
 
 def test_a_mismatch_between_rows_is_none() -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from llava.constants import InputError
 from llava.eval.benchmarks._schema import ANYTHING, ID, NAME, STRING, TEXT, WHOLE, check, fault, parse_json, read_text
 from llava.eval.benchmarks.base import Benchmark, Question, Result, Row, read_jsonl
+from llava.output import write_whole
 
 T = TypeVar("T")
 
@@ -27,8 +28,10 @@ class JsonlBenchmark(Benchmark):
 
         def make(row: Row) -> Question:
             extra = {name: row[name] for name in self.recorded if row.get(name) is not None}
-            told = {"text": row["text"], "image": row.get("image"), "category": str(row.get("category") or "")}
-            return Question(id=row["question_id"], extra=extra, **told)
+            category = str(row.get("category") or "")
+            return Question(
+                id=row["question_id"], text=row["text"], image=row.get("image"), extra=extra, category=category
+            )
 
         yield from make_questions(file, read_jsonl(file), self.layout, {"text": ""}, make)
 
@@ -241,14 +244,11 @@ def server_result(benchmark: Benchmark, n: int, notes: Iterable[str], where: str
 
 
 def export_path(output: Path, default: str) -> Path:
-    """Return the file to write and make its folder; `output` is the file, or a folder where it gets its usual name."""
-    path = output if output.suffix == Path(default).suffix else output / default
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    """Return the file to write; `output` is the file, or a folder where it gets its usual name."""
+    return output if output.suffix == Path(default).suffix else output / default
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> list[Path]:
     """Write a JSON file in UTF-8, ASCII only as upstream's are; returns it in a list, as exports do."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=indent), encoding="utf-8")
+    write_whole(path, json.dumps(value, indent=indent))
     return [path]

@@ -187,7 +187,7 @@ def _ask(row: Mapping[str, str], picture: Shown, suffix: str, all_rounds: bool) 
             data=data,
             prompt=text,
             extra=extra,
-            category=row.get("category", ""),
+            category=row.get("category") or "",
             error=picture.error,
         )
 

@@ -1,6 +1,7 @@
 """The table of MMBench: reading it with its pictures, and writing what its server takes."""
 
 import csv
+import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from llava.constants import InputError
 from llava.eval.benchmarks._common import latest, official
 from llava.eval.benchmarks._schema import check_regular
 from llava.eval.benchmarks.base import Row
+from llava.output import write_whole
 
 LETTERS = "ABCD"
 # What pandas, with which upstream reads the table, takes for an empty cell.
@@ -154,8 +156,9 @@ def export_table(rows: Sequence[Row], table: Path, file: Path, source: str) -> l
     sheet = book.create_sheet("Sheet1")
     for line in lines:
         sheet.append(_cells(lambda value: WriteOnlyCell(sheet, value), line))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    book.save(file)
+    written = io.BytesIO()  # an archive that cannot be closed complains of it once more when it is collected
+    book.save(written)
+    write_whole(file, written.getvalue())
     return [file]
 
 

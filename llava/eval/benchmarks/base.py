@@ -30,10 +30,10 @@ class Question:
     """What the answers file records as `prompt`; None: `text`."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the answers file's row."""
-    error: str | None = None
-    """Why it cannot be asked: its row in the answers file says so instead of an answer, and nothing else stops."""
     category: str = ""
     """Which part of the benchmark it belongs to, for samples that are spread over all parts."""
+    error: str | None = None
+    """Why it cannot be asked: its row in the answers file says so instead of an answer, and nothing else stops."""
 
 
 @dataclass(frozen=True, kw_only=True)

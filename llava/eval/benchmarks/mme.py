@@ -19,6 +19,7 @@ from llava.eval.benchmarks._common import (
 )
 from llava.eval.benchmarks._schema import read_text
 from llava.eval.benchmarks.base import SHORT_ANSWER, Question, Result, Row
+from llava.output import write_whole
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -146,9 +147,8 @@ class MME(JsonlBenchmark):
                 if question in matched[key]:
                     cells = f"{key.stem}.txt", label.question, label.answer, " ".join(matched[key][question].split())
                     lines.setdefault(key.category, []).append("\t".join(cells) + "\n")
-        output.mkdir(parents=True, exist_ok=True)
         for category, written in lines.items():
-            (output / f"{category}.txt").write_text("".join(written), encoding="utf-8")
+            write_whole(output / f"{category}.txt", "".join(written))
         return [output / f"{category}.txt" for category in lines]
 
 

@@ -124,22 +124,23 @@ def _verdict(key: str, problem: Mapping[str, Any], row: Row | None, letters: Seq
 
 def coverage(verdicts: Sequence[Verdict]) -> list[str]:
     """Say how many questions have no answer, and how many answers name no choice."""
+    notes = []
     missing = sum(verdict.prompt == UNKNOWN for verdict in verdicts)
-    said = f"{missing} of {len(verdicts)} questions have no answer and count as wrong questions without a picture"
-    return [said] * bool(missing) + unread([verdict for verdict in verdicts if verdict.prompt != UNKNOWN])
-
-
-def unread(verdicts: Sequence[Verdict]) -> list[str]:
-    """Say how many answers name no choice."""
-    failed = sum(verdict.parsed == FAILED for verdict in verdicts)
-    return [f"{failed} answers name no choice and count as wrong"] * bool(failed)
+    if missing:
+        notes.append(
+            f"{missing} of {len(verdicts)} questions have no answer and count as wrong questions without a picture"
+        )
+    failed = sum(verdict.parsed == FAILED for verdict in verdicts) - missing
+    if failed:
+        notes.append(f"{failed} answers name no choice and count as wrong")
+    return notes
 
 
 class ScienceQA(Benchmark):
     """Multiple-choice questions from school science.
 
-    A question without an answer, or whose row reports an error, is counted and left out. Upstream's own script
-    (`llava.eval.eval_science_qa`) takes it for wrong and for one without a picture.
+    A question without an answer, or whose row reports an error, is left out of both accuracies and counted. In
+    upstream's script (`llava.eval.eval_science_qa`) it is wrong in the accuracy over all.
     """
 
     name = "scienceqa"
@@ -178,13 +179,13 @@ class ScienceQA(Benchmark):
         verdicts = [verdict for verdict in judged if verdict.prompt != UNKNOWN]
         values = {verdict.question_id: 100.0 * verdict.right for verdict in verdicts}
         shown = {verdict.question_id: values[verdict.question_id] for verdict in verdicts if verdict.multimodal}
-        notes += [*gaps(len(judged), len(verdicts), len(answers) - len(verdicts)), *unread(verdicts)]
+        notes += [*gaps(len(judged), len(verdicts), len(answers) - len(verdicts)), *coverage(verdicts)]
         if not shown:
             notes.append("no answer is to a question with a picture: there is no img_accuracy")
         notes.append("papers quote img_accuracy, over the questions with a picture")
         return Result(
             benchmark=self.name,
-            metrics={**({"img_accuracy": mean(shown.values())} if shown else {}), "accuracy": mean(values.values())},
+            metrics=({"img_accuracy": mean(shown.values())} if shown else {}) | {"accuracy": mean(values.values())},
             headline="img_accuracy",
             n=len(shown),
             notes=tuple(notes),

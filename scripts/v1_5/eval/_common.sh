@@ -1,8 +1,10 @@
 # Sourced by the benchmarks' scripts. Variables, all optional:
 #   CKPT (./liuhaotian/llava-next-7b)  METHOD (globalcom2)  RATIO (LLAVA_RETENTION_RATIO, else line 101)  PROFILE
-#   LIMIT first N questions  SAMPLE N questions from all categories, the same for every method  OUT, DATA (playground/data/eval)  BATCH (8)  NUM_PROCESSES (one per CUDA_VISIBLE_DEVICES)
+#   LIMIT first N questions  SAMPLE N questions from all categories, the same for every method
+#   OUT, DATA (playground/data/eval)  BATCH (8)  NUM_PROCESSES (one per CUDA_VISIBLE_DEVICES)
 #   PYTHON (.venv/bin/python, else python3)  DRY_RUN=1 prints the commands
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_attend.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 
 CKPT=${CKPT:-./liuhaotian/llava-next-7b}
@@ -28,14 +30,14 @@ ratio=${RATIO:-${LLAVA_RETENTION_RATIO:-$line_101}}
 label=$METHOD-$ratio${PROFILE:+-$PROFILE}${OCR:+-ocr$OCR}${LIMIT:+-first$LIMIT}${SAMPLE:+-sample$SAMPLE}
 label=$(printf '%s' "$label" | tr -c 'A-Za-z0-9.=-' '_')
 
-[[ -n ${DRY_RUN:-} || ${STEP:-} == list ]] || "$PYTHON" -c 'import importlib.util as u, sys
+[[ -n ${DRY_RUN:-} || ${STEP:-} == list ]] || attend "$PYTHON" -c 'import importlib.util as u, sys
 sys.exit(not all(map(u.find_spec, ("torch", "transformers", "shortuuid"))))' || {
     printf 'error: %s lacks the packages; run bash scripts/quickstart.sh, or pip install -e . there\n' "$PYTHON" >&2
     exit 2
 }
 
 run() {
-    if [[ -n ${DRY_RUN:-} ]]; then printf '%q ' "$@"; printf '\n'; else "$@"; fi
+    if [[ -n ${DRY_RUN:-} ]]; then printf '%q ' "$@"; printf '\n'; else attend "$@"; fi
 }
 
 # noted CODE WHAT: keeps what became of one part of many in `status`; only an interrupt ends the others too.
@@ -65,7 +67,7 @@ need_checkpoint() {
 }
 need() {
     need_checkpoint
-    [[ -n ${DRY_RUN:-} ]] || "$PYTHON" -m llava.eval.check_data --benchmark "$1" --data "$DATA"
+    [[ -n ${DRY_RUN:-} ]] || attend "$PYTHON" -m llava.eval.check_data --benchmark "$1" --data "$DATA"
 }
 
 # benchmark NAME FOLDER QUESTIONS IMAGES [answerer's options]: answers, scores, and exports what a server takes.

@@ -17,14 +17,16 @@ step() {
     noted "$code" "$1 failed"
 }
 grid() {
-    step "the grid" "$PYTHON" -m llava.eval.grid --model-path "$CKPT" --data "$DATA" --out "$OUT" --cells "$CELLS" \
-        ${LIMIT:+--limit "$LIMIT"} ${SAMPLE:+--sample "$SAMPLE"} "$@"
+    local code=0
+    run "$PYTHON" -m llava.eval.grid --model-path "$CKPT" --data "$DATA" --out "$OUT" --cells "$CELLS" \
+        ${LIMIT:+--limit "$LIMIT"} ${SAMPLE:+--sample "$SAMPLE"} "$@" || code=$?
+    [[ -n ${DRY_RUN:-} || -s $CELLS ]] || exit "$code" # nothing could begin
+    noted "$code" "the grid failed"
 }
 
 [[ -f $DATA/truth.json ]] || run "$PYTHON" -m llava.pocket.write "$DATA"
 [[ -n ${DRY_RUN:-} ]] || rm -f "$CELLS"
 grid --methods "${methods[@]}" --ratios "${ratios[@]}"
-[[ -n ${DRY_RUN:-} || -s $CELLS ]] || exit "$status" # nothing could begin
 if [[ -n ${SWEEP:-} ]]; then
     grid --ratios 0.25 --methods "globalcom2(temperature="{0.1,1.0,3.0,30.0,100.0}")" "globalcom2(alpha="{0.0,0.25,0.75,1.0}")"
     step "a curve" "$PYTHON" -m llava.eval.plots "${runs[@]}" --field temperature --log --output "$OUT/temperature.png"

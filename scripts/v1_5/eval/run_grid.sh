@@ -22,7 +22,7 @@ export CKPT DATA OUT PYTHON NUM_PROCESSES CELLS
 cell() {
     local method=${1%%$'\t'*} profile=${PROFILE:-}
     [[ $method != none ]] || profile=
-    METHOD=$method RATIO=${1#*$'\t'} PROFILE=$profile bash "$here/$2.sh"
+    METHOD=$method RATIO=${1#*$'\t'} PROFILE=$profile attend bash "$here/$2.sh"
 }
 # list BENCH [WHY]: names all cells of a benchmark to the table.
 list() {
@@ -35,7 +35,7 @@ need_checkpoint
 for bench in "${benches[@]}"; do list "$bench"; done
 for bench in "${benches[@]}"; do
     code=0
-    STEP=need bash "$here/$bench.sh" || code=$?
+    STEP=need attend bash "$here/$bench.sh" || code=$?
     noted "$code" "$bench is left out"
     ((code == 0)) || { list "$bench" "no data"; continue; }
     for line in "${cells[@]}"; do

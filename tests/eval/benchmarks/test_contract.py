@@ -165,7 +165,7 @@ def test_right_answers_are_all_right(name: str, tmp_path: Path) -> None:
 def test_what_is_scored_in_groups_counts_only_with_all_its_answers(name: str, member: int, tmp_path: Path) -> None:
     """A question's rotations, a picture's pair, or a question alone: left out and counted, never right.
 
-    The others keep their worth.
+    The others keep their worth, in ScienceQA's accuracy over all too.
     """
     data, rows = answered(name, tmp_path)
     before, gone = get(name).score(rows, data), rows[member]
@@ -178,6 +178,8 @@ def test_what_is_scored_in_groups_counts_only_with_all_its_answers(name: str, me
         assert before.n - result.n == (2 if name == "mme" else 1)
         assert any("questions have an answer" in note for note in result.notes)
         assert any("report an error" in note for note in result.notes) == (error in given)
+        if name == "scienceqa":
+            assert result.metrics["accuracy"] == 100
         if name.startswith("mm") and name != "mmvet":
             assert any("left out" in note for note in result.notes)
 

@@ -247,7 +247,7 @@ def test_a_question_that_could_not_be_asked_costs_no_other(tmp_path: Path) -> No
         entry["metadata"] |= {"error": question.error} if question.error else {}
     result = get("pope").score(rows, tmp_path)
     assert (result.metrics["f1"], result.n) == (100, 10)
-    assert "2 of 12 questions have no answer; the score is over the others" in result.notes
+    assert "10 of 12 questions have an answer; the score is over these" in result.notes
 
 
 def test_files_in_which_questions_cannot_be_told_apart(data: Path) -> None:
