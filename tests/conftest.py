@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import os
 import resource
 import runpy
 import sys
