@@ -15,8 +15,9 @@ from llava.constants import (
 )
 from llava.model.files import REMEDY, brief, find_file, is_folder, read_object
 from llava.model.multimodal_encoder.builder import KNOWN_TOWERS, locate_tower, tower_shape, vision_config
-from llava.model.settings import TOKENIZER, check_config, check_vision, generation_settings, known_settings
+from llava.model.settings import TOKENIZER, check_config, generation_settings, known_settings
 from llava.model.stored import DAMAGED, ELSEWHERE, check_size, language_size, tower_size
+from llava.model.vision import check_vision
 from llava.model.weights import (
     additions_file,
     load_additions,

@@ -14,8 +14,9 @@ from llava.model.builder import load_pretrained_model, read_config
 from llava.model.language_model.llava_llama import LlavaConfig
 from llava.model.miniature import TILE, VERSIONS, VISION, published_config, write_clip_shape, write_miniature
 from llava.model.multimodal_encoder.builder import vision_config
-from llava.model.settings import check_config, check_vision, generation_settings, known_settings
+from llava.model.settings import check_config, generation_settings, known_settings
 from llava.model.stored import language_size, tower_size
+from llava.model.vision import check_vision
 
 CLIP = "openai/clip-vit-large-patch14-336"
 
