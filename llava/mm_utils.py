@@ -1,78 +1,26 @@
 """From picture files to view tensors and from prompts to ids, under the names LLaVA's users know."""
 
-import base64
-import warnings
-from io import BytesIO
+from collections.abc import Iterable
 from itertools import chain
 from math import ceil
-from os import PathLike
-from pathlib import Path
 from typing import Any, cast, overload
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from llava.anyres import Size, best_resolution, choose_grid, parse_pinpoints
 from llava.constants import IMAGE_TOKEN_INDEX, InputError
+from llava.images import Source, load_images
+from llava.images import load_image as load_image
+from llava.images import load_image_from_base64 as load_image_from_base64
+from llava.images import to_rgb as to_rgb
+from llava.resize import BICUBIC, pad_and_resize, resize_and_crop
 
-
-def load_image(source: str | PathLike[str]) -> Image.Image:
-    """Read a picture file as RGB.
-
-    Raises:
-        InputError: the file is missing, empty, truncated, no picture, or larger than 178 megapixels.
-    """
-    path = Path(source)
-    if "://" in str(source):
-        raise InputError(f"image file {str(source)!r} is an address; download it and give the file")
-    try:
-        # Large is fine up to Pillow's limit, beyond which it raises; its warning at half of that is no news.
-        quiet = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
-        with quiet, Image.open(path) as image:
-            return to_rgb(image)
-    except FileNotFoundError:
-        problem = "does not exist; check the path"
-    except PermissionError:
-        problem = "may not be read; check its permissions"
-    except IsADirectoryError:
-        problem = "is a folder; give a picture file"
-    except UnidentifiedImageError:
-        problem = "is empty; save it again" if not path.stat().st_size else "is not a picture Pillow can read"
-    except Image.DecompressionBombError:
-        problem = "has more than 178 megapixels; make it smaller"
-    except Exception as error:  # Pillow's decoders, a plugin per format, raise all kinds on damaged files
-        problem = f"cannot be decoded ({error}); save it again"
-    raise InputError(f"image file {str(path)!r} {problem}")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the picture as RGB, whatever its mode; 16-bit grey is scaled down, of an animation the first frame counts.
-
-    What is RGB already is returned itself. A colour that a file declares transparent is a colour like others.
-
-    Raises:
-        InputError: the picture has no pixels.
-    """
-    if 0 in image.size:
-        raise InputError(f"image of {image.width}x{image.height} pixels: both sides must be at least 1")
-    if image.mode.startswith("I"):
-        # Pillow would clip more than 8 bits to 8 and turn nearly all of it white.
-        levels = np.asarray(image)
-        deep = image.mode != "I" or levels.max() > 255
-        image = Image.fromarray((levels >> 8 if deep else levels).clip(0, 255).astype(np.uint8))
-    image.load()  # only now a file's mode is certain
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    rgb = image.convert("RGB")
-    rgb.info.pop("transparency", None)  # which transformers 5.23 would paint white
-    return rgb
-
-
-def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """Decode a base64 picture, in whatever mode it has."""
-    return Image.open(BytesIO(base64.b64decode(image)))
+# Pixels of the largest square that is made, 400 MB, and how many times as long as wide a picture may be to be resized
+# whole.
+CANVAS, SLENDER = 10**8, 16
 
 
 def select_best_resolution(original_size: Size, possible_resolutions: list[Size]) -> Size:
@@ -108,8 +56,14 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
 
 
 def expand2square(pil_img: Image.Image, background_color: tuple[int, ...]) -> Image.Image:
-    """Pad the shorter side of a picture with a colour, keeping it centred."""
+    """Pad the shorter side of a picture with a colour, keeping it centred.
+
+    Raises:
+        InputError: the square would have more than 100 megapixels.
+    """
     side = max(pil_img.size)
+    if side**2 > max(CANVAS, pil_img.width * pil_img.height):
+        raise InputError(f"an image of {pil_img.width}x{pil_img.height} pixels is too slender to be padded; crop it")
     square = Image.new(pil_img.mode, (side, side), background_color)
     square.paste(pil_img, ((side - pil_img.width) // 2, (side - pil_img.height) // 2))
     return square
@@ -131,11 +85,24 @@ def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: Any
 
 def _process_padded_image(image: Image.Image, processor: Any) -> Tensor:
     """Turn an RGB picture into `[3, S, S]`, made square with the processor's mean colour."""
-    square = expand2square(image, tuple(int(255 * mean) for mean in processor.image_mean))
+    colour = tuple(int(255 * mean) for mean in processor.image_mean)
     if not _keeps_tiles(processor):
-        return preprocess_each([square], processor)[0]
-    tile = processor.crop_size["height"]
-    return _look_up([square.resize((tile, tile), processor.resample)], processor)[0]
+        return preprocess_each([expand2square(image, colour)], processor)[0]
+    return _look_up([pad_and_resize(image, colour, processor.crop_size["height"], processor.resample)], processor)[0]
+
+
+def _cut(image: Image.Image, processor: Any) -> Image.Image:
+    """Return the middle of a slender RGB picture as the processor would resize and crop it; any other as it is.
+
+    Raises:
+        InputError: the processor would make it enormous, and has settings unlike CLIP's.
+    """
+    edge = getattr(processor.size, "shortest_edge", None) if processor.do_resize else None
+    if not edge or max(image.size) <= SLENDER * min(image.size):
+        return image
+    if _keeps_tiles(processor) and processor.resample == BICUBIC and processor.do_center_crop:
+        return resize_and_crop(image, edge)
+    raise InputError(f"an image of {image.width}x{image.height} pixels is too slender for the image processor; crop it")
 
 
 def preprocess_each(images: list[Image.Image], processor: Any) -> Tensor:
@@ -182,26 +149,33 @@ def _look_up(pictures: list[Image.Image], processor: Any) -> Tensor:
     return torch.from_numpy(views)
 
 
-def process_images(images: list[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
+def process_images(images: Source | Iterable[Source], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
     """Preprocess pictures of any mode as `model_cfg.image_aspect_ratio` says.
 
     Args:
-        images: PIL pictures.
+        images: PIL pictures, or whatever else `load_image` takes; one alone is a list of one. EXIF is ignored.
         image_processor: CLIP's.
         model_cfg: anything with `image_aspect_ratio`, and for `anyres` `image_grid_pinpoints`.
 
     Returns:
         `pad`: `[B, 3, S, S]`. `anyres`: `[B, V, 3, S, S]` if all have as many views, else a list of `[V, 3, S, S]`.
         Otherwise `[B, 3, S, S]`, resized and centre-cropped by CLIP's processor.
+
+    Raises:
+        InputError: one is no picture, is too large (see `load_image`), or memory does not suffice.
     """
-    images = [to_rgb(image) for image in images]
+    pictures = load_images(images)
     mode = getattr(model_cfg, "image_aspect_ratio", None)
-    if mode == "anyres":
-        views = [process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in images]
-    elif mode == "pad":
-        views = [_process_padded_image(image, image_processor) for image in images]
-    else:
-        return preprocess_each(images, image_processor)
+    try:
+        if mode == "anyres":
+            views = [process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in pictures]
+        elif mode == "pad":
+            views = [_process_padded_image(image, image_processor) for image in pictures]
+        else:
+            return preprocess_each([_cut(image, image_processor) for image in pictures], image_processor)
+    except MemoryError as error:
+        sizes = ", ".join(f"{image.width}x{image.height}" for image in pictures)
+        raise InputError(f"memory does not suffice for images of {sizes} pixels; make them smaller") from error
     if len(views) == 1:
         return views[0][None]  # the usual case, without a copy
     return torch.stack(views) if len({view.shape for view in views}) == 1 else views

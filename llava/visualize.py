@@ -21,7 +21,7 @@ from llava.constants import InputError
 from llava.mm_utils import load_image, process_images
 from llava.utils import OneLineParser, add_method_arguments, add_model_arguments, load_options, ratio_text, run_command
 
-GAP, TITLE, BLEACH, LEGIBLE = 12, 28, 0.8, 168
+GAP, TITLE, BLEACH, LEGIBLE, LARGEST, WIDEST = 12, 28, 0.8, 168, 2048, 4
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
@@ -85,6 +85,8 @@ def _share(ledger: dict[str, Any], view: int) -> str:
 
 def _on_original(image: Image.Image, keep: Mask) -> Image.Image:
     """Bleach the original picture where its part of the canvas `[h, w]` was dropped."""
+    if max(image.size) > LARGEST:
+        image = image.resize([max(1, side * LARGEST // max(image.size)) for side in image.size])
     down, across = keep.shape
     scale = min(across / image.width, down / image.height)
     width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
@@ -111,7 +113,7 @@ def _mosaic(crops: list[Image.Image], grid: AnyResGrid, labels: list[str]) -> Im
 def _side_by_side(panels: list[Image.Image], captions: list[str], title: str) -> Image.Image:
     """Scale the panels to one height and put them in a row under their captions."""
     height = max(panel.height for panel in panels[1:] or panels)
-    scaled = [panel.resize((max(1, round(panel.width * height / panel.height)), height)) for panel in panels]
+    scaled = [_fit(panel, height) for panel in panels]
     font = ImageFont.load_default(16)
     widths = [max(panel.width, round(font.getlength(text))) for panel, text in zip(scaled, captions, strict=True)]
     top = TITLE * (2 if title else 1)
@@ -127,6 +129,12 @@ def _side_by_side(panels: list[Image.Image], captions: list[str], title: str) ->
     return sheet
 
 
+def _fit(panel: Image.Image, height: int) -> Image.Image:
+    """Scale a panel to a height, or less where it would get too wide."""
+    scale = min(height / panel.height, WIDEST * height / panel.width)
+    return panel.resize((max(1, round(panel.width * scale)), max(1, round(panel.height * scale))))
+
+
 def visualize(args: argparse.Namespace) -> None:
     """Load a model, compress one picture and write what was kept as PNG."""
     output = Path(args.output)
@@ -135,7 +143,7 @@ def visualize(args: argparse.Namespace) -> None:
 
     from llava.model.builder import choose_method, load_pretrained_model, read_config
 
-    image = load_image(args.image_file)
+    image = load_image(args.image_file, exif=True)
     method = choose_method(read_config(args.model_path), args.method, args.retention_ratio, args.profile)
     base.resolve_ratio(method.retention_ratio)  # a bad value in the environment is refused before the model loads
     _, model, processor, _ = load_pretrained_model(args.model_path, args.model_base, **load_options(args))

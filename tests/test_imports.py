@@ -138,6 +138,10 @@ def test_the_joint_itself_knows_neither_transformers_nor_pictures():
 ABOVE = {
     "llava.model": ("llava.eval", "llava.visualize", "llava.efficiency", "llava.hf", "llava.pocket"),
     "llava.mm_utils": ("llava.model", "llava.eval", "llava.visualize", "llava.efficiency", "llava.hf", "llava.pocket"),
+    **dict.fromkeys(
+        ("llava.fetch", "llava.images", "llava.resize"),
+        ("llava.mm_utils", "llava.model", "llava.eval", "llava.visualize", "llava.efficiency", "llava.pocket"),
+    ),
     "llava.utils": ("llava.model", "llava.eval", "llava.visualize", "llava.efficiency", "llava.hf", "llava.pocket"),
     "llava.hf": ("llava.model", "llava.eval", "llava.visualize", "llava.efficiency", "llava.pocket"),
     "llava.visualize": ("llava.eval", "llava.pocket"),

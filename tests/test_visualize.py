@@ -85,6 +85,31 @@ def test_every_crop_carries_its_ratio(traced, monkeypatch):
     assert written == [f"{k}/24 = {k / 24:.2f}" for k in counts]
 
 
+def test_a_picture_is_drawn_upright(checkpoint, tmp_path, command):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    drawn = []
+    for name, image, options in (
+        ("sideways", picture(300, 200), {"exif": exif}),
+        ("upright", picture(300, 200).transpose(Image.Transpose.ROTATE_270), {}),
+    ):
+        image.save(tmp_path / f"{name}.png", **options)
+        out = tmp_path / f"{name} kept.png"
+        arguments = ["--model-path", checkpoint(), "--image-file", tmp_path / f"{name}.png", "--output", out]
+        assert command(visualize.main, *arguments)[0] == 0
+        drawn.append(Image.open(out).tobytes())
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("size", [(6000, 1), (1, 6000), (2200, 900)])
+def test_a_drawing_is_of_bounded_size(traced, size):
+    image = picture(*size)
+    views, trace, processor = traced(image)
+    drawn = visualize.draw(image, views, trace, processor)
+    assert drawn.width < 10 * drawn.height
+    assert drawn.width * drawn.height < 10**7
+
+
 def test_command_writes_a_png(checkpoint, tmp_path, command):
     photo, out = tmp_path / "photo.png", tmp_path / "kept.png"
     picture(300, 200).save(photo)

@@ -1,14 +1,17 @@
 """The only code that touches hooks: a method works in the encoder for as long as a `with` block lasts.
 
 It may look (`Taps`), by hooks, and merge tokens between attention and MLP of layers that it names (`encoder_points`).
-For the latter the layers from the first point on get a forward of their own, instances of this tower only.
+For the latter the layers from the first point on get a forward of their own, instances of this tower only. Meanwhile no
+other thread uses these layers (`exclusive`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
+from threading import RLock
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,23 @@ from llava.anyres import AnyResGrid
 from llava.compress.attention import cls_logits, patch_keys
 from llava.compress.base import Compressor, Layout, Taps, Views
 from llava.compress.encoding import EncoderTokens, column
+
+# Beside the layers and not in them, as locks can be neither copied nor pickled: a copy of a model gets its own.
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_LOCKS_LOCK = RLock()
+
+
+def exclusive(layers: nn.Module) -> AbstractContextManager[Any]:
+    """Return what keeps other threads from these layers during a `with` block; the thread itself may nest it.
+
+    The lock belongs to the layers, whichever models they are part of: two models that share a tower take turns in it.
+    Code that `torch.compile` traces goes without, as whoever calls it holds the lock.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    with _LOCKS_LOCK:
+        lock: AbstractContextManager[Any] = _LOCKS.setdefault(layers, RLock())
+    return lock
 
 
 class Shortening:
@@ -211,25 +231,40 @@ def attach(
         return forward
 
     with ExitStack() as hooks:
+        hooks.enter_context(exclusive(session.layers))
         for index in session.tapped:
             handle = session.layers[index].register_forward_pre_hook(look(index), with_kwargs=True)
             hooks.callback(handle.remove)
         if shortening.points:
             session.shortening = shortening
             for index in range(shortening.points[0], len(session.layers)):
-                hooks.callback(_replace_forward(session.layers[index], shorten(index)))
+                hooks.callback(StandIn(session.layers[index], shorten(index)).leave)
         yield session
 
 
-def _replace_forward(layer: nn.Module, forward: Callable[..., Tensor]) -> Callable[[], None]:
-    """Give this layer another forward; what comes back undoes it."""
-    own = vars(layer).get("forward")  # somebody else's, if any
-    layer.forward = forward
+class StandIn:
+    """A forward that is put in another's place, and leaves it in whatever order several of them come and go."""
 
-    def undo() -> None:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own
+    def __init__(self, module: nn.Module, forward: Callable[..., Tensor], name: str = "forward") -> None:
+        """Take the place of `name`, an attribute of this instance or a method of its class."""
+        self.module, self.forward, self.name = module, forward, name
+        self.below = vars(module).get(name)  # somebody else's, if any
+        self.gone = False
+        setattr(module, name, self)
 
-    return undo
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward; one that has left, and that somebody put back since, runs what it stood before."""
+        if not self.gone:
+            return self.forward(*args, **kwargs)
+        if self.below is not None:
+            return self.below(*args, **kwargs)
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+
+    def leave(self) -> None:
+        """Give the place back, as soon as nobody stands before it; what somebody else put there stays."""
+        self.gone = True
+        while isinstance(top := vars(self.module).get(self.name), StandIn) and top.gone:
+            if top.below is None:
+                delattr(self.module, self.name)
+            else:
+                setattr(self.module, self.name, top.below)

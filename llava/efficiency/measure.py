@@ -96,14 +96,14 @@ class Subject:
 
     def ask(self, method: Compressor, batch: int) -> Answered:
         """Answer once."""
-        trace, self.model.method = Trace(), method
+        trace = Trace()
         forget_length(self.model)
 
         def answer() -> tuple[Any, float]:
             images = [self.image] * batch
             views, before = timed(lambda: process_images(images, self.processor, self.model.config), HOST)
             sizes = [self.image.size] * batch
-            more = {"return_dict_in_generate": True, "trace": trace, **self.settings}
+            more = {"return_dict_in_generate": True, "trace": trace, "method": method, **self.settings}
             given = self.prompt(IMAGE_TOKEN_INDEX, 1, batch)
             return self.model.generate(given, images=views, image_sizes=sizes, **more), before
 

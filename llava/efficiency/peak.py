@@ -169,13 +169,10 @@ def answer(model: Any, method: Compressor, geometry: Geometry, base: dict[str, i
     images = [torch.zeros(1 + cols * rows, 3, geometry.tile, geometry.tile, dtype=DTYPES[geometry.dtype])]
     ids = torch.full((1, geometry.text + 1), 5)
     ids[0, geometry.text // 2] = IMAGE_TOKEN_INDEX
-    before, model.method = model.method, _Watched(method, meter, base)
-    try:
-        with _marks(model, meter), _spans(meter, base), meter:
-            given: dict[str, Any] = {"image_sizes": [geometry.image_size], "trace": meter.notes}
-            model.generate(ids, images=images, max_new_tokens=1, do_sample=False, **given)
-    finally:
-        model.method = before
+    given: dict[str, Any] = {"image_sizes": [geometry.image_size], "trace": meter.notes}
+    with _marks(model, meter), _spans(meter, base), meter:
+        given["method"] = _Watched(method, meter, base)
+        model.generate(ids, images=images, max_new_tokens=1, do_sample=False, **given)
     return meter
 
 

@@ -73,16 +73,16 @@ class Engine:
 
         Args:
             tokenizer: as `load_pretrained_model` returns it.
-            model: likewise, with its `method`.
+            model: likewise; what is asked later, too, is answered with the `method` it has now.
             batch: questions the language model answers at once.
             conv_mode: conversation template; None: the checkpoint's.
             **generation: for `generate`.
         """
         self.tokenizer, self.model, self.batch, self.conv_mode = tokenizer, model, batch, conv_mode
-        self.generation = generation
+        self.generation, self.method = generation, model.method
         # What cannot share a cache goes one by one: methods that read the prompt, beams, windows shorter than a prompt.
         self.shares = (
-            model.method.query_agnostic
+            self.method.query_agnostic
             and generation.get("num_beams", 1) == 1
             and getattr(model.config, "sliding_window", None) is None
         )
@@ -136,10 +136,9 @@ class Engine:
     def _alone(self, picture: Picture, asked: Asked) -> Iterator[Answer]:
         trace = Trace()
         images = None if picture.views is None else self._images([picture])
+        more: dict[str, Any] = {"trace": trace, "method": self.method, **self.generation}
         try:
-            output = self.model.generate(
-                asked.ids[None], images=images, image_sizes=[picture.size], trace=trace, **self.generation
-            )
+            output = self.model.generate(asked.ids[None], images=images, image_sizes=[picture.size], **more)
         except PromptTooLong as error:
             yield Answer(asked.index, asked.question, error=str(error))
             return
@@ -156,11 +155,11 @@ class Engine:
         shown = [_Shown(picture, questions) for picture, questions in window if picture.views is None]
         seen = [(picture, questions) for picture, questions in window if picture.views is not None]
         # Answers must not depend on what else is in a batch.
-        step = 1 if self.model.method.mixes_images else self.batch
+        step = 1 if self.method.mixes_images else self.batch
         for start in range(0, len(seen), step):
             part = seen[start : start + step]
-            trace = Trace()
-            packed = self.model.compress_images(self._images([p for p, _ in part]), [p.size for p, _ in part], trace)
+            trace, sizes = Trace(), [picture.size for picture, _ in part]
+            packed = self.model.compress_images(self._images([p for p, _ in part]), sizes, trace, self.method)
             totals = [image.plan.patches for image in trace.images]
             shown += [_Shown(p, q, made, n) for (p, q), made, n in zip(part, packed, totals, strict=True)]
         for unit in shown:
@@ -224,10 +223,11 @@ class Engine:
 
     def _system_prefix(self, ids: Tensor) -> SharedPrefix:
         """What every prompt of the run begins with, run once."""
-        if self._system is None or not torch.equal(self._system[0], ids):
+        system = self._system
+        if system is None or not torch.equal(system[0], ids):
             empty = SharedPrefix.empty(self.model, 1)
-            self._system = (ids, empty.extend(self.model, ids[None]) if len(ids) else empty)
-        return self._system[1]
+            self._system = system = (ids, empty.extend(self.model, ids[None]) if len(ids) else empty)
+        return system[1]  # and not of self, where another thread may have put another
 
     def _text(self, ids: Tensor) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()

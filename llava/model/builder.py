@@ -264,7 +264,6 @@ def _add_image_tokens(tokenizer: Any, model: Any, raw: dict[str, Any]) -> None:
 def _tidy_generation_config(model: Any, tokenizer: Any) -> None:
     """Drop what hub configs carry over from pre-training: it warns at every call and breaks saving."""
     settings = model.generation_config
-    settings.max_length = None
     if not settings.do_sample:
         settings.temperature = settings.top_p = settings.top_k = None
     if settings.pad_token_id is None:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.anyres import AnyResGrid
-from llava.compress import base
+from llava.compress import attach, base
 from llava.compress.allocation import ALLOCATIONS, crop_importance, crop_ratios, crop_weights
 from llava.compress.base import Compressor, Layout, Plan, Selection, Taps, Views
 from llava.compress.pack import Packed, pack
@@ -36,18 +36,18 @@ from llava.constants import IMAGE_TOKEN_INDEX, InputError, PromptTooLong
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import Spliced, splice
+from llava.model.switch import LanguageLayers, Parts, as_method
 from llava.model.views import view_images
 
 logger = getLogger(__name__)
 
 
-class LlavaMetaModel:
+class LlavaMetaModel(LanguageLayers):
     """The part of LLaVA's inner model that is not the language model: tower, projector, newline embedding."""
 
     def __init__(self, config: Any) -> None:
-        """Build the parts, without weights, from the model's config."""
+        """Build the parts from the model's config; weights come with the checkpoint or from CLIP's (see builder)."""
         super().__init__(config)  # type: ignore[call-arg]
-        # Built from the config alone; the weights come with the checkpoint, or from CLIP's (see the builder).
         self.vision_tower = build_vision_tower(config)
         self.mm_projector = build_vision_projector(config)
         if "unpad" in config.mm_patch_merge_type:
@@ -261,34 +261,23 @@ class GlobalCom2(Compressor):
         return count
 
 
-class LlavaMetaForCausalLM:
+class LlavaMetaForCausalLM(Parts):
     """What makes a causal language model a LLaVA: images become tokens, compressed by `method`, and join the prompt."""
 
-    model: Any
-    config: Any
-    dtype: torch.dtype
-
-    method: Compressor = GlobalCom2()
-    """The compression method; assign another with `model.method = llava.compress.get("none")`."""
-
-    def get_model(self) -> Any:
-        """Return the inner model, which has no language-model head."""
-        return self.model
-
-    def get_vision_tower(self) -> Any:
-        """Return the CLIP tower."""
-        return self.get_model().get_vision_tower()
+    _method = GlobalCom2()
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode and project single views `[B, 3, S, S]`, uncompressed: `[B, N, D]`."""
         features = self.get_vision_tower()(images)
-        return self.get_model().mm_projector(features.to(self.dtype))
+        with attach.exclusive(self.get_model().layers):
+            return self.get_model().mm_projector(features.to(self.dtype))
 
     def compress_images(
         self,
         images: Tensor | Sequence[Tensor],
         image_sizes: Sequence[Sequence[int]] | None = None,
         trace: Trace | None = None,
+        method: Compressor | str | None = None,
     ) -> list[Packed]:
         """Encode images, select their tokens, project what is kept and lay it out.
 
@@ -296,18 +285,20 @@ class LlavaMetaForCausalLM:
             images: `[B, 3, S, S]` single views, or a list or 5-D tensor of an image's views `[V, 3, S, S]`.
             image_sizes: `(width, height)` of every image in pixels.
             trace: filled with what happened, if given.
+            method: for this call; None: the model's.
 
         Raises:
             InputError: sizes and images do not belong together.
         """
-        tower, inner, method = self.get_vision_tower(), self.get_model(), self.method
+        tower, inner = self.get_vision_tower(), self.get_model()
+        method = as_method(self.method if method is None else method)
         clock = trace.clock if trace else lambda *_: nullcontext()
         pixels, grids, layout = view_images(images, image_sizes, self.config, tower)
         with clock("vision", tower.device):
             batch = tower.views(pixels, grids, layout, method)
         with clock("selection", tower.device):
             selections = method.select_all(batch)
-        with clock("packing", tower.device):
+        with attach.exclusive(inner.layers), clock("packing", tower.device):
             newline = getattr(inner, "image_newline", None)
             packed = [pack(v, s, inner.mm_projector, newline) for v, s in zip(batch, selections, strict=True)]
         for grid, selection, result in zip(grids, selections, packed, strict=True):
@@ -328,15 +319,17 @@ class LlavaMetaForCausalLM:
         image_sizes: Sequence[Sequence[int]] | None = None,
         padding_side: str = "right",
         trace: Trace | None = None,
+        method: Compressor | str | None = None,
     ) -> Spliced:
         """Compress the images and put them into the prompts; see `splice`.
 
         Raises:
             InputError: placeholders and images do not match, or a prompt does not fit the model.
         """
-        packed = [] if images is None or not len(images) else self.compress_images(images, image_sizes, trace)
+        packed = [] if images is None or not len(images) else self.compress_images(images, image_sizes, trace, method)
         embed = self.get_model().embed_tokens
-        spliced = splice(input_ids.to(embed.weight.device), packed, embed, attention_mask, labels, padding_side)
+        with attach.exclusive(self.get_model().layers):
+            spliced = splice(input_ids.to(embed.weight.device), packed, embed, attention_mask, labels, padding_side)
         longest, limit = max(spliced.lengths), self.config.max_position_embeddings
         if longest > limit:
             raise PromptTooLong(
@@ -368,8 +361,9 @@ class LlavaMetaForCausalLM:
         """
         if input_ids.shape[1] == 1 or (images is None and not bool((input_ids == IMAGE_TOKEN_INDEX).any())):
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
-        if self.method.points_in(self.config.num_hidden_layers):  # it would pass for what was not compressed there
-            raise InputError(f"{self.method} works inside the language model, for which there is generate(); call that")
+        method = self.method
+        if method.points_in(self.config.num_hidden_layers):  # it would pass for what was not compressed there
+            raise InputError(f"{method} works inside the language model, for which there is generate(); call that")
         side = self.config.tokenizer_padding_side
-        s = self.splice_images(input_ids, attention_mask, labels, images, image_sizes, padding_side=side)
+        s = self.splice_images(input_ids, attention_mask, labels, images, image_sizes, padding_side=side, method=method)
         return None, s.position_ids, s.attention_mask, past_key_values, s.inputs_embeds, s.labels

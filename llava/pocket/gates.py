@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llava.compress import get
 from llava.compress.attention import cls_logits
+from llava.compress.base import Compressor
 from llava.compress.trace import Trace
 from llava.eval import benchmarks, grid
 from llava.eval.benchmarks.base import Result, Row, read_jsonl
@@ -115,13 +116,9 @@ def coverage(model: Any, processor: Any, scenes: Sequence[Scene], method: str) -
         scenes: looked at.
         method: as for `llava.compress.get`.
     """
-    before, chosen = model.method, get(method)
     found: dict[str, list[float]] = defaultdict(list)
-    try:
-        model.method = chosen
-        traces = [_looked_at(model, processor, scene.image) for scene in scenes]
-    finally:
-        model.method = before
+    chosen = get(method)
+    traces = [_looked_at(model, processor, scene.image, chosen) for scene in scenes]
     for scene, trace in zip(scenes, traces, strict=True):
         kept = kept_patches(trace.images[0])  # [V, SIDE, SIDE]
         for thing in scene.things:
@@ -132,10 +129,10 @@ def coverage(model: Any, processor: Any, scenes: Sequence[Scene], method: str) -
     return {name: sum(values) / len(values) for name, values in sorted(found.items())}
 
 
-def _looked_at(model: Any, processor: Any, image: Any) -> Trace:
+def _looked_at(model: Any, processor: Any, image: Any, method: Compressor) -> Trace:
     """Return what became of an image's tokens."""
     trace = Trace()
-    model.compress_images(process_images([image], processor, model.config), [image.size], trace)
+    model.compress_images(process_images([image], processor, model.config), [image.size], trace, method)
     return trace
 
 

@@ -129,7 +129,7 @@ class Talking(nn.Module):
         prefix = SharedPrefix.empty(model, units).extend(model, batch.prefix.expand(units, -1), packed)
         rows = len(batch.ids) // units
         mask = torch.cat((prefix.mask.repeat_interleave(rows, 0), batch.mask), 1)
-        with branching(model.config):
+        with branching(model.get_model()):
             logits = model(
                 input_ids=batch.ids,
                 attention_mask=mask,

@@ -1,6 +1,7 @@
 """The engine: however questions are grouped and batched, answers are those of asking one by one."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
@@ -203,3 +204,24 @@ def test_sampling_is_passed_on(engine, show):
     torch.manual_seed(0)
     drawn = ask(engine(do_sample=True, temperature=3.0, top_p=None), groups)
     assert len({answer.text for answer in drawn}) > 1
+
+
+def test_an_engine_works_with_the_method_it_was_made_with(engine, show):
+    groups = [(show(0), texts(0, 2)), (show(1), texts(1, 2))]
+    wanted = plain(ask(engine(METHODS[1]), groups))
+    machine = engine(METHODS[1])
+    for other in ("none", "fastv(layer=1)"):
+        machine.model.method = other
+        assert plain(ask(machine, groups)) == plain(ask(machine, groups, one_by_one=True)) == wanted
+
+
+def test_engines_of_one_model_in_threads(engine, show):
+    groups = [(show(0), texts(0, 3)), (show(1), texts(1, 2))]
+    machines = [
+        engine(method) for method in ("tome(retention_ratio=0.5)", METHODS[1], "fastv(layer=1, retention_ratio=0.5)")
+    ]
+    wanted = [plain(ask(machine, groups)) for machine in machines]
+    fresh = [engine(str(machine.method)) for machine in machines]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda machine: plain(ask(machine, groups)), [*fresh, *fresh]))
+    assert found == wanted * 2

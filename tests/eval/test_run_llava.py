@@ -4,14 +4,23 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from llava.compress import get
+from llava.compress.trace import Trace
+from llava.constants import InputError
 from llava.eval import run_llava
 from llava.eval.run_llava import ask, build_prompt, eval_model
+from llava.mm_utils import get_model_name_from_path, load_image
 from tests.conftest import picture
 
 
@@ -269,3 +278,173 @@ def test_tokens_by_layer_are_told_where_they_change():
     said = run_llava.describe(ledger | {"visual_per_layer": [[8, 8, 2, 2, 2, 2]]}, [])
     assert "visual tokens by layer, newlines included: 2 of 8, 4 of 2; on average 4.0" in said
     assert "by layer" not in run_llava.describe(ledger | {"visual_per_layer": [[8] * 6]}, [])
+
+
+# --- pictures of all kinds, and methods for one question -------------------------------------------------------------
+
+
+@pytest.fixture
+def sideways(tmp_path) -> tuple[Path, Image.Image]:
+    """A photograph of a camera held upright, and as its file has it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = picture(300, 200)
+    stored.save(tmp_path / "sideways.png", exif=exif)
+    return tmp_path / "sideways.png", stored
+
+
+def test_pictures_are_turned_upright(command, sideways, loaded):
+    file, stored = sideways
+    tokenizer, model, processor, _ = loaded()
+
+    def answer(*images, **options):
+        trace = Trace()
+        text = ask(tokenizer, model, processor, "what?", *images, trace=trace, max_new_tokens=4, **options)
+        return text, trace.images[0].grid.image_size
+
+    upright = stored.transpose(Image.Transpose.ROTATE_270)
+    expected = answer([upright])
+    assert expected[1] == (200, 300)
+    for given in ([Image.open(file)], [load_image(file)], [load_image(file, exif=True)], [file], str(file)):
+        assert answer(given) == expected
+    assert answer([stored])[1] == (300, 200)
+    account = json.loads(command("--image-file", file, "--json")[1])
+    assert account["images"][0]["size"] == [200, 300]
+
+
+def test_ask_takes_what_load_image_takes(photo, loaded, server, monkeypatch):
+    tokenizer, model, processor, _ = loaded()
+    expected = ask(tokenizer, model, processor, "what?", [picture(300, 200)], max_new_tokens=4)
+    address = f"http://127.0.0.1:{server.server_address[1]}/photo.png"
+    monkeypatch.setenv("LLAVA_ALLOW_LOCAL_URLS", "1")
+    for given in (photo, str(photo), photo.read_bytes(), Image.open(photo), [photo], iter([photo]), address, [address]):
+        assert ask(tokenizer, model, processor, "what?", given, max_new_tokens=4) == expected
+    assert ask(tokenizer, model, processor, "what?", [], max_new_tokens=4)
+    for wrong, said in ((None, "give a list"), ([None], "PIL picture"), ("nosuch.png", "does not exist")):
+        with pytest.raises(InputError, match=said):
+            ask(tokenizer, model, processor, "what?", wrong)
+
+
+def kept(loaded, **options):
+    tokenizer, model, processor, _ = loaded()
+    trace = Trace()
+    ask(tokenizer, model, processor, "what?", picture(300, 200), trace=trace, max_new_tokens=2, **options)
+    return trace.ledger()["method"], trace.ledger()["images"][0]["kept"]
+
+
+def test_a_method_for_one_question(loaded):
+    model = loaded().model
+    before = model.method
+    assert kept(loaded, method="uniform", retention_ratio=0.5) == ("uniform(retention_ratio=0.5)", 18 + 48)
+    assert kept(loaded, method="uniform(retention_ratio=0.5)", retention_ratio=0.1)[1] == 18 + 48  # as everywhere
+    assert kept(loaded, method=get("random", retention_ratio=0.5))[1] == 18 + 48
+    assert kept(loaded, method=get("random"), retention_ratio=0.5)[1] == 18 + 48
+    assert kept(loaded, retention_ratio=0.5) == ("globalcom2(retention_ratio=0.5)", 18 + 48)
+    assert kept(loaded, method="none")[1] == 132
+    assert kept(loaded) == ("globalcom2()", 9 + 24)
+    assert model.method is before
+    for wrong in ({"method": "nosuch"}, {"retention_ratio": 2}, {"method": "tome(r=2)", "retention_ratio": 0.5}):
+        with pytest.raises(InputError):
+            kept(loaded, **wrong)
+    assert model.method is before
+
+
+def test_threads_with_methods_of_their_own(loaded):
+    specs = ["uniform", "none", "hired", "fastv(layer=1, budget='after')"] * 2
+    expected = {spec: kept(loaded, method=spec) for spec in set(specs)}
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda spec: kept(loaded, method=spec), specs))
+    assert found == [expected[spec] for spec in specs]
+
+
+def test_file_names_with_commas(command, tmp_path):
+    first, second = tmp_path / "a, b.png", tmp_path / "c,d.png"
+    picture(300, 200).save(first)
+    picture(100, 300).save(second)
+    both = json.loads(command("--image-file", first, "--image-file", second, "--json")[1])
+    assert [image["size"] for image in both["images"]] == [[300, 200], [100, 300]]
+    one = json.loads(command("--image-file", first, "--json")[1])
+    assert [image["size"] for image in one["images"]] == [[300, 200]]
+    assert "c,d.png: 100x300" in command("--image_file", second)[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "sep", "found"),
+    [
+        ("a.png,b.png", ",", ["a.png", "b.png"]),
+        ("a.png , b.png", None, ["a.png", "b.png"]),
+        ("a.png;b,c.png", ";", ["a.png", "b,c.png"]),
+        (["a.png,b.png"], ",", ["a.png", "b.png"]),
+        (["a,b.png", "c.png"], ",", ["a,b.png", "c.png"]),
+        ("https://x.org/a,b.png", ",", ["https://x.org/a,b.png"]),
+        ("https://x.org/a,b.png, http://y.org/c.png", ",", ["https://x.org/a,b.png", "http://y.org/c.png"]),
+        ("data:image/png;base64,AAAA", ",", ["data:image/png;base64,AAAA"]),
+        (Path("a,b.png"), ",", [Path("a,b.png")]),
+        (b"a,b", ",", [b"a,b"]),
+        ("x" * 5000, ",", ["x" * 5000]),
+    ],
+)
+def test_which_pictures_an_argument_names(given, sep, found):
+    assert run_llava.image_sources(given, sep) == found
+
+
+def test_an_address_is_an_image_file(command, server, monkeypatch):
+    address = f"http://127.0.0.1:{server.server_address[1]}/photo.png"
+    code, out, err = command("--image-file", address)
+    assert (code, out) == (2, "")
+    assert "LLAVA_ALLOW_LOCAL_URLS=1" in err
+    assert err.count("\n") == 1
+    monkeypatch.setenv("LLAVA_ALLOW_LOCAL_URLS", "1")
+    code, out, err = command("--image-file", address)
+    assert code == 0
+    assert "image photo.png: 300x200" in err
+
+
+def test_upstreams_quick_start(checkpoint, server, monkeypatch, capsys):
+    """As LLaVA's README has it, but for the address and the model."""
+    monkeypatch.setenv("LLAVA_ALLOW_LOCAL_URLS", "1")
+    model_path = str(checkpoint())
+    prompt = "What are the things I should be cautious about when I visit here?"
+    image_file = f"http://127.0.0.1:{server.server_address[1]}/view.png"
+    args = type(
+        "Args",
+        (),
+        {
+            "model_path": model_path,
+            "model_base": None,
+            "model_name": get_model_name_from_path(model_path),
+            "query": prompt,
+            "conv_mode": None,
+            "image_file": image_file,
+            "sep": ",",
+            "temperature": 0,
+            "top_p": None,
+            "num_beams": 1,
+            "max_new_tokens": 3,
+        },
+    )()
+    eval_model(args)
+    said = capsys.readouterr()
+    assert said.out.strip()
+    assert "image view.png: 300x200" in said.err
+
+
+class Photo(BaseHTTPRequestHandler):
+    """Answers every path with one picture."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        picture(300, 200).save(self.wfile, "PNG")
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    served = ThreadingHTTPServer(("127.0.0.1", 0), Photo)
+    Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield served
+    served.shutdown()
+    served.server_close()

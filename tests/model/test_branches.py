@@ -103,6 +103,6 @@ def test_attention_is_as_before_afterwards(model):
     prefix = SharedPrefix.empty(model, 1).extend(model, ids(5, 1)[None])
     model.generate_after(prefix, ids(3, 2)[None], max_new_tokens=1)
     assert model.config._attn_implementation == before
-    with pytest.raises(KeyError), branching(model.config):
+    with pytest.raises(KeyError), branching(model.get_model()):
         raise KeyError
     assert model.config._attn_implementation == before

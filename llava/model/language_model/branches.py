@@ -7,6 +7,7 @@ attention: their queries stand side by side, and a mask lets each row see the be
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from llava.compress.attach import exclusive
 
 ATTENTION = "llava_branches"
 
@@ -91,10 +94,23 @@ AttentionInterface.register(ATTENTION, _attend)
 
 
 @contextmanager
-def branching(config: Any) -> Iterator[None]:
-    """Let the language model of `config` attend to `Branches`, whatever attention it runs on otherwise."""
-    before, config._attn_implementation = config._attn_implementation, ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+def branching(inner: Any) -> Iterator[None]:
+    """Let the layers of a language model attend to `Branches`, whatever attention they run on otherwise.
+
+    The config stays as it is, as other models may share it; no other thread uses the layers meanwhile.
+
+    Args:
+        inner: transformers' `LlamaModel` or `MistralModel`.
+    """
+    with exclusive(inner.layers):
+        attentions = [layer.self_attn for layer in inner.layers]
+        before = [attention.config for attention in attentions]
+        branched = copy(inner.config)
+        branched._attn_implementation = ATTENTION
+        try:
+            for attention in attentions:
+                attention.config = branched
+            yield
+        finally:
+            for attention, config in zip(attentions, before, strict=True):
+                attention.config = config

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from llava.compress.attach import StandIn, exclusive
 from llava.compress.base import Compressor
 from llava.compress.stages import PAD, TEXT, LayerTokens, Reduction
 from llava.model.splice import Spliced
@@ -103,6 +104,7 @@ class Inside:
         self._stages: list[_Stage] = []
         self._stage_of: dict[int, _Stage] = {}
         self._entry = _Stage(first=0, role=prompts.role, positions=prompts.position_ids, n_visual=prompts.n_visual)
+        self._cache: Any = None
         self._embeds: Tensor | None = None
         self._n_text = prompts.n_text
         self._memo: dict[str, Tensor] = {}
@@ -128,6 +130,10 @@ class Inside:
 
     def before(self, index: int, hidden: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Return hidden states and arguments for layer `index`, given those the model calls it with."""
+        if self._cache is None:
+            self._cache = given["past_key_values"]
+        if given["past_key_values"] is not self._cache:  # another run, of a streamer or a stopping criterion
+            return hidden, given
         prefill = index not in self._stage_of
         if prefill:
             hidden = self._enter(index, hidden)
@@ -256,7 +262,7 @@ def gather_kept(reduction: Reduction, role: Tensor, n_visual: tuple[int, ...]) -
 def drop_inside(inner: Any, method: Compressor, prompts: Spliced) -> Iterator[Inside]:
     """Let a method drop tokens inside a language model; every hook is gone afterwards, also after an error.
 
-    Arguments and errors are those of `Inside`.
+    No other thread uses the language model's layers meanwhile. Arguments and errors are those of `Inside`.
     """
     session = Inside(inner, method, prompts)
 
@@ -274,6 +280,7 @@ def drop_inside(inner: Any, method: Compressor, prompts: Spliced) -> Iterator[In
         return hook
 
     with ExitStack() as hooks:
+        hooks.enter_context(exclusive(inner.layers))
         for index, layer in enumerate(inner.layers if session.points else ()):
             hooks.callback(layer.register_forward_pre_hook(look(index), with_kwargs=True).remove)
             if index not in session.points:
@@ -282,24 +289,14 @@ def drop_inside(inner: Any, method: Compressor, prompts: Spliced) -> Iterator[In
                 projection = getattr(layer.self_attn, name)
                 hooks.callback(projection.register_forward_hook(catch(name)).remove)
             if method.llm_middle:
-                hooks.enter_context(_opened(layer, session.middle))
+                hooks.callback(_open(layer, session.middle).leave)
         yield session
 
 
-@contextmanager
-def _opened(layer: Any, middle: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _open(layer: Any, middle: Callable[[Tensor], Tensor]) -> StandIn:
     """Run `middle` between attention and MLP of a decoder layer of Llama or Mistral."""
     # The forward of a layer that accelerate put on a device is accelerate's, and calls the layer's own by this name.
-    name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
-    before = vars(layer).get(name)
-    setattr(layer, name, partial(_forward, layer, middle))
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(layer, name)
-        else:
-            setattr(layer, name, before)
+    return StandIn(layer, partial(_forward, layer, middle), "_old_forward" if hasattr(layer, "_hf_hook") else "forward")
 
 
 def _forward(layer: Any, middle: Callable[[Tensor], Tensor], hidden_states: Tensor, **given: Any) -> Tensor:

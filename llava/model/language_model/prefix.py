@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from llava.compress.attach import exclusive
 from llava.compress.pack import Packed
 from llava.compress.tokens import on_device
 from llava.model.splice import splice
@@ -44,15 +45,16 @@ class SharedPrefix:
 
     def extend(self, model: Any, ids: Tensor, packed: Sequence[Packed] = ()) -> "SharedPrefix":
         """Run what comes next, ids `[B, L]` with the images of their placeholders; this prefix is used up."""
-        part = splice(ids.to(model.device), packed, model.get_model().embed_tokens, padding_side="left")
-        whole = torch.cat((self.mask, part.attention_mask), 1)
-        positions = (whole.cumsum(1) - 1).clamp_min(0)[:, self.mask.shape[1] :]
-        model.get_model()(
-            inputs_embeds=part.inputs_embeds,
-            attention_mask=whole,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        with exclusive(model.get_model().layers):
+            part = splice(ids.to(model.device), packed, model.get_model().embed_tokens, padding_side="left")
+            whole = torch.cat((self.mask, part.attention_mask), 1)
+            positions = (whole.cumsum(1) - 1).clamp_min(0)[:, self.mask.shape[1] :]
+            model.get_model()(
+                inputs_embeds=part.inputs_embeds,
+                attention_mask=whole,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
         lengths = [before + more for before, more in zip(self.lengths, part.lengths, strict=True)]
         return SharedPrefix(self.cache, whole, lengths)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.anyres import AnyResGrid
-from llava.compress.attach import attach
+from llava.compress.attach import attach, exclusive
 from llava.compress.base import Compressor, Layout, Views
 from llava.constants import InputError
 from llava.model.multimodal_encoder.builder import TOWER_REMEDY, image_processor, vision_config
@@ -73,9 +73,10 @@ class CLIPVisionTower(nn.Module):
     def hidden(self, pixels: Tensor) -> Tensor:
         """Encode views `[V, 3, S, S]` into the input of layer `depth`: `[V, 1 + N, C]`, [CLS] first."""
         clip = self.vision_tower
-        hidden = clip.pre_layrnorm(clip.embeddings(pixels.to(self.device, self.dtype)))
-        for layer in clip.encoder.layers[: self.depth]:
-            hidden = layer(hidden, attention_mask=None)
+        with exclusive(clip.encoder.layers):
+            hidden = clip.pre_layrnorm(clip.embeddings(pixels.to(self.device, self.dtype)))
+            for layer in clip.encoder.layers[: self.depth]:
+                hidden = layer(hidden, attention_mask=None)
         return hidden
 
     def views(
