@@ -1,6 +1,7 @@
 """Pictures of a question file: found safely, decoded and preprocessed in worker processes that keep ahead."""
 
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,6 +23,8 @@ from llava.mm_utils import load_image, load_image_from_base64, process_images, t
 
 # Pictures that tell whether the folder is the right one.
 FIRST = 20
+# A warning that the processes started from here on leave out.
+UNSAID = "ignore:resource_tracker"
 # Seconds in which a signal to us follows one to our workers.
 GRACE = 0.5
 # Below this many pictures worker processes cost more time to start than they save.
@@ -180,6 +183,8 @@ def stream(pictures: Pictures, sources: Iterable[Source], workers: int) -> Itera
     if workers:
         # Started afresh, as a forked copy of a process with threads and a GPU may hang.
         ahead = {"multiprocessing_context": "spawn", "worker_init_fn": _one_thread}
+        # Where we are killed, Python's tracker tidies up after us, and need not say so.
+        sys.warnoptions += [] if UNSAID in sys.warnoptions else [UNSAID]
     sampler: Any = sources
     ahead["pin_memory"] = torch.cuda.is_available()
     loader = DataLoader(pictures, batch_size=None, sampler=sampler, num_workers=workers, **ahead)

@@ -77,15 +77,16 @@ def kept_said(args: argparse.Namespace, journal: Journal, wanted: list[int]) -> 
     """Say with whatever stops a run what is kept of it, and let go of the journal."""
     try:
         yield
-    except (InputError, SystemExit):
+    except SystemExit:
         raise
     except BaseException as error:
-        try:
-            kept = len(journal.read().rows.keys() & set(wanted))
-        except (InputError, OSError):
-            kept = 0
+        kept = _count(journal, wanted)
         how = "the same command continues" if not args.overwrite else "without --overwrite the same command continues"
         note = f"{kept} of {len(wanted)} answers kept; {how}"
+        if isinstance(error, InputError):
+            if kept and isinstance(error.__cause__, OSError):  # the machine refused the answers file
+                raise InputError(f"{error}; {note}") from error
+            raise
         if isinstance(error, OSError) and error.errno in REFUSALS:
             raise InputError(f"{refusal(error, error.filename or journal.file)}; {note}") from error
         if _is_out_of_memory(error):
@@ -96,6 +97,13 @@ def kept_said(args: argparse.Namespace, journal: Journal, wanted: list[int]) -> 
     finally:
         journal.close()
         journal.lock.release()
+
+
+def _count(journal: Journal, wanted: list[int]) -> int:
+    try:
+        return len(journal.read().rows.keys() & set(wanted))
+    except (InputError, OSError):
+        return 0
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -4,6 +4,8 @@ import base64
 import io
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -264,3 +266,25 @@ def test_a_worker_that_is_ended_is_one_line(pictures, monkeypatch):
 
     with pytest.raises(InputError, match=r"DataLoader worker .*; where memory is short, .*fewer --num-workers"):
         list(stream(pictures, sources(), 1))
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from types import SimpleNamespace
+from llava.eval.pictures import Pictures, Source, stream
+if __name__ == "__main__":
+    config = SimpleNamespace(image_aspect_ratio="pad", image_grid_pinpoints=None)
+    pictures = stream(Pictures(Path(sys.argv[1]), None, config), (Source(n) for n in range(100)), 1)
+    next(pictures)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+def test_nothing_is_said_of_a_killed_process(folder, tmp_path):
+    """Python's tracker would warn of the semaphores it removes."""
+    (tmp_path / "script.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "script.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)  # returns once the tracker has ended
+    assert (done.returncode, done.stdout, done.stderr) == (-9, "", "")

@@ -232,10 +232,13 @@ class Stop:
     def __init__(self, error: BaseException, after: int) -> None:
         self.error, self.left, self.real = error, after, Journal.write
 
-    def __call__(self, journal: Journal, place: int, row: Any) -> None:
+    def step(self) -> None:
         if not self.left:
             raise self.error
         self.left -= 1
+
+    def __call__(self, journal: Journal, place: int, row: Any) -> None:
+        self.step()
         self.real(journal, place, row)
 
 
@@ -266,6 +269,18 @@ def test_whatever_stops_a_run_says_what_is_kept(run, tmp_path, monkeypatch, erro
     assert "Traceback" not in err
     assert ids(run()[1]) == list(range(8))
     assert summary(tmp_path)["answered_now"] == 8 - after
+
+
+def test_no_room_for_the_answers_file_leaves_all_answers_in_the_parts(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop = Stop(OSError(errno.ENOSPC, "No space left on device"), 1)  # the record has room
+        patch.setattr(os, "fsync", lambda _: stop.step())
+        code, rows, err = run()
+    assert (code, rows) == (2, [])
+    assert "No space left on device" in err
+    assert err.endswith("8 of 8 answers kept; the same command continues\n")
+    monkeypatch.setattr(answer, "load_engine", lambda *_: pytest.fail("all are answered"))
+    assert ids(run()[1]) == list(range(8))
 
 
 def test_after_an_overwrite_the_run_goes_on_without(run, monkeypatch):

@@ -68,7 +68,8 @@ def wanted(start: Start, data: Path) -> list[dict[str, Any]]:
 def end(run: Started) -> tuple[int, list[str]]:
     """Wait for a run; returns its exit code and what it said besides its bar and what it began with."""
     _, err = run.communicate(timeout=120)
-    lines = [line.strip() for line in re.split(r"[\r\n]", err)]
+    # A process that is killed leaves its bar as it stands, with what is said next behind it.
+    lines = [line.strip() for line in re.split(r"[\r\n]|(?=error: )", err)]
     dull = ("running on", "note: ", "could not ask: ")
     return run.returncode, [
         line for line in lines if line and "question" not in line[-70:] and not line.startswith(dull)
@@ -103,6 +104,7 @@ def stop_and_go(start: Start, file: Path, processes: int, moments: int, seed: in
         more = generator.randint(1, max(1, questions // (moments + 2)))
         while run.poll() is None and time.monotonic() < until and len(written(file)) < len(before) + more:
             time.sleep(generator.uniform(0.001, 0.05))
+        assert run.poll() is None, end(run)
         whom = run.pid
         if processes > 1 and number == signal.SIGKILL:
             whom = generator.choice(processes_of(run))
