@@ -99,7 +99,7 @@ def stop_and_go(start: Start, file: Path, processes: int, moments: int, seed: in
     before: set[int] = set()
     for moment in range(moments):
         number = SIGNALS[moment % len(SIGNALS)]
-        run = start(file, processes, workers=generator.choice([0, 0, 1]))
+        run = start(file, processes, workers=generator.choice([0, 0, 1]) if processes == 1 else 0)
         until = time.monotonic() + (generator.uniform(0, 12) if generator.random() < 0.4 else 100)
         more = generator.randint(1, max(1, questions // (moments + 2)))
         while run.poll() is None and time.monotonic() < until and len(written(file)) < len(before) + more:
