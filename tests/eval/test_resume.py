@@ -255,7 +255,7 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize("after", [2, pytest.param(0, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("error", "code", "said"), STOPS.values(), ids=STOPS)
 def test_whatever_stops_a_run_says_what_is_kept(run, tmp_path, monkeypatch, error, code, said, after):
     with monkeypatch.context() as patch:
@@ -361,8 +361,10 @@ def test_what_is_no_file_in_the_image_folder_is_an_error(run, tmp_path, workers)
     assert ["no regular file" in row["metadata"].get("error", "") for row in rows] == [True, False, True, True]
 
 
-@pytest.mark.parametrize("there", [False, True])
-@pytest.mark.parametrize("pictures", [5, 20, 40])
+@pytest.mark.parametrize(
+    ("pictures", "there"),
+    [(5, False), (20, False), (40, False), (5, True), pytest.param(40, True, marks=pytest.mark.slow)],
+)
 def test_a_wrong_image_folder_is_said_at_once_and_missing_pictures_one_by_one(
     run, tmp_path, monkeypatch, pictures, there
 ):
