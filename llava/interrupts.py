@@ -73,12 +73,33 @@ def end_while_importing() -> None:
 
 def _end_with(launcher: int) -> None:
     """Be killed when the launcher dies, by whatever: alone, a process would wait for the others for days."""
+    _die_with_parent()
+    if os.getppid() != launcher:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_parent(worker: int = 0) -> None:
+    """Be killed when the process dies that started this one by multiprocessing; for a DataLoader's `worker_init_fn`.
+
+    A worker of torch looks for its parent too, but takes for it whoever adopted the worker while torch was imported.
+
+    Args:
+        worker: its number, of no use here.
+    """
+    if sys.platform == "linux":
+        _die_with_parent()
+    from multiprocessing import parent_process
+
+    parent = parent_process()
+    if parent is None or not parent.is_alive():
+        os._exit(1)
+
+
+def _die_with_parent() -> None:
     import ctypes
 
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != launcher:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> None:

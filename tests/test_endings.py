@@ -1,6 +1,7 @@
 """How commands end: interrupted, refused by the machine, or without a reader; in this process and in real ones."""
 
 import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llava.constants import InputError
-from llava.interrupts import LAST_WORDS, Interrupted, deaf_children, exit_code, heard_from, last_words
+from llava.interrupts import LAST_WORDS, Interrupted, deaf_children, end_with_parent, exit_code, heard_from, last_words
 from llava.utils import run_command
 
 ROOT = Path(__file__).parents[1]
@@ -255,3 +256,41 @@ def test_an_interrupt_while_children_start_is_answered_afterwards(capsys):
         time.sleep(30)
 
     assert ended(command, capsys) == (130, "interrupted; the same command starts again\n")
+
+
+def watch(file, orphaned):
+    """A worker that is told to end with its parent, before or after that is gone; a file says that it goes on."""
+    while orphaned and os.getppid() == multiprocessing.parent_process().pid:
+        time.sleep(0.01)
+    print("ready", flush=True)
+    end_with_parent()
+    time.sleep(0 if orphaned else 60)
+    Path(file).touch()
+
+
+PARENT = """
+import multiprocessing, sys, time
+from tests.test_endings import watch
+if __name__ == "__main__":
+    file, orphaned = sys.argv[1], sys.argv[2] == "True"
+    multiprocessing.get_context("spawn").Process(target=watch, args=(file, orphaned), daemon=True).start()
+    time.sleep(0 if orphaned else 60)
+    if orphaned:
+        import os
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell processes of their parent's end")
+@pytest.mark.parametrize("orphaned", [False, True])
+def test_workers_do_not_outlive_who_started_them(tmp_path, orphaned):
+    program, file = tmp_path / "parent.py", tmp_path / "survived"
+    program.write_text(PARENT)
+    words = [sys.executable, str(program), str(file), str(orphaned)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(words, stdout=subprocess.PIPE, env=env)
+    assert parent.stdout.readline() == b"ready\n"
+    parent.kill()
+    assert parent.stdout.read() == b""  # until the worker has ended too
+    parent.wait()
+    assert not file.exists()

@@ -177,7 +177,7 @@ def _run(args: argparse.Namespace, method: Compressor, journal: Journal, wanted:
     groups = [[place] for place in todo] if args.one_by_one else group_by_image(journal.questions, todo)
     workers = worker_count(args.num_workers, len(groups), ranks.world)
     if ranks.world > 1:
-        journal.lock.join()
+        journal.lock.share(ranks)
     # Whether the method can work in this model is said before anything is written, too.
     args = argparse.Namespace(**vars(args) | {"dtype": plan.dtype})
     loaded = load_engine(args, method, ranks.device) if todo else None

@@ -11,6 +11,7 @@ from platform import node
 from typing import BinaryIO
 
 from llava.constants import InputError
+from llava.eval.ranks import Ranks
 
 # What file systems say that know no locks.
 UNKNOWN = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -43,12 +44,17 @@ class Lock:
             since = datetime.now().astimezone().isoformat(timespec="seconds")
             self._held.write(f"process {os.getpid()} on {node()}, since {since}".encode())
 
-    def join(self) -> None:
+    def share(self, ranks: Ranks) -> None:
         """Hold the lock together with the other processes of the run, after the first took it.
 
         Raises:
             InputError: another run came between.
         """
+        ranks.first(self._join)  # the others cannot come in before it is no longer the first one's own
+        if ranks.rank > 0:
+            self._join()
+
+    def _join(self) -> None:
         self.close()
         self._lock(fcntl.LOCK_SH)
 

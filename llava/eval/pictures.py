@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava.constants import InputError
 from llava.eval.benchmarks.base import Question
-from llava.interrupts import deaf_children
+from llava.interrupts import deaf_children, end_with_parent
 from llava.mm_utils import load_image, load_image_from_base64, process_images, to_rgb
 
 # Pictures that tell whether the folder is the right one.
@@ -153,10 +153,6 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
-
-
 def worker_count(wanted: int | None, pictures: int, processes: int = 1) -> int:
     """Return how many worker processes load pictures for a process of a run.
 
@@ -182,7 +178,7 @@ def stream(pictures: Pictures, sources: Iterable[Source], workers: int) -> Itera
     ahead: dict[str, Any] = {}
     if workers:
         # Started afresh, as a forked copy of a process with threads and a GPU may hang.
-        ahead = {"multiprocessing_context": "spawn", "worker_init_fn": _one_thread}
+        ahead = {"multiprocessing_context": "spawn", "worker_init_fn": end_with_parent}
         # Where we are killed, Python's tracker tidies up after us, and need not say so.
         sys.warnoptions += [] if UNSAID in sys.warnoptions else [UNSAID]
     sampler: Any = sources

@@ -22,7 +22,7 @@ from transformers import CLIPImageProcessorPil
 from llava.compress import get
 from llava.constants import InputError
 from llava.eval.run_llava import build_prompt
-from llava.interrupts import deaf_children, kept
+from llava.interrupts import deaf_children, end_with_parent, kept
 from llava.mm_utils import process_images
 from llava.model.builder import load_tokenizer
 from llava.model.miniature import write_tokenizer
@@ -153,9 +153,11 @@ class Conversations(Dataset[Conversation]):
 
 def loader(data: Dataset[Any], workers: int) -> Iterator[Any]:
     """Yield a dataset's batches in order, made by worker processes that keep ahead."""
-    kept: dict[str, Any] = {"multiprocessing_context": "forkserver", "prefetch_factor": 4} if workers else {}
+    ahead: dict[str, Any] = {}
+    if workers:
+        ahead = {"multiprocessing_context": "forkserver", "prefetch_factor": 4, "worker_init_fn": end_with_parent}
     with deaf_children() if workers else nullcontext():
-        return iter(DataLoader(data, batch_size=None, num_workers=workers, **kept))
+        return iter(DataLoader(data, batch_size=None, num_workers=workers, **ahead))
 
 
 class Optimizer:

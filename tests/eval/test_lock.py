@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -67,11 +69,26 @@ def test_what_was_made_goes_and_what_was_there_stays(file, tmp_path):
     lock.release()  # again: nothing to do
 
 
+class Companions:
+    """Processes of a run as threads: what the first one did, the others wait for."""
+
+    def __init__(self, rank: int, done: threading.Event) -> None:
+        self.rank, self.done = rank, done
+
+    def first(self, work: Callable[[], None]) -> None:
+        if self.rank == 0:
+            work()
+            self.done.set()
+        assert self.done.wait(20)
+
+
 def test_the_processes_of_a_run_hold_it_together_and_the_last_removes_it(file):
-    locks = [Lock(file) for _ in range(3)]
+    locks, done = [Lock(file) for _ in range(3)], threading.Event()
     locks[0].take()
-    for lock in locks:
-        lock.join()
+    with ThreadPoolExecutor() as threads:
+        # The first comes last: who is faster must not matter.
+        sharing = [threads.submit(locks[rank].share, Companions(rank, done)) for rank in (2, 1, 0)]
+    assert [shared.result() for shared in sharing] == [None] * 3
     for lock in locks:
         with pytest.raises(InputError, match="another run holds"):
             Lock(file).take()
