@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from llava.constants import InputError
 from llava.eval.benchmarks._common import official, write_json
-from llava.eval.benchmarks._schema import NAME_OR_NONE, TEXT
 from llava.eval.benchmarks.scienceqa import IMAGE, LETTERS, PROBLEM, ScienceQA, read_problems, read_split
+from llava.schema import NAME_OR_NONE, TEXT
 from llava.utils import OneLineParser, run_command
 
 Problem = dict[str, Any]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from llava.compress import get
 from llava.constants import InputError
 from llava.eval.published import UPPER
+from llava.output import make_folder, refusing
 from llava.utils import OneLineParser, ratio_argument, run_command
 
 Key = tuple[str, float]
@@ -99,9 +100,13 @@ def read_cells(file: Path) -> list[Cell]:
 
 
 def append_cell(file: Path, cell: Cell) -> None:
-    """Add a cell to a list, with all its fields on one line."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as out:
+    """Add a cell to a list, with all its fields on one line.
+
+    Raises:
+        InputError: the machine refuses it.
+    """
+    make_folder(file.parent)
+    with refusing(file), file.open("a", encoding="utf-8") as out:
         out.write("\t".join(" ".join(str(field).split()) for field in cell) + "\n")
 
 

@@ -5,17 +5,17 @@ picture that a question is about. With `--benchmark` it only looks whether one b
 if they are, as scripts want it, which run on parts of a benchmark too. Exit code 2 if anything is missing or short.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from json import JSONDecodeError
 from pathlib import Path
-from typing import Any
 
 from llava.constants import InputError
 from llava.eval import benchmarks
 from llava.eval.benchmarks._common import official
 from llava.eval.benchmarks.base import Benchmark, Question, filled
+from llava.reading import parse_json, read_text
 from llava.utils import OneLineParser, run_command
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -80,11 +80,11 @@ def _entries(path: Path, source: str) -> int:
     if path.is_dir():
         return sum(1 for _ in _pictures(path))
     with official(path, source):
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         try:
-            value: Any = json.loads(text)
-        except json.JSONDecodeError:
-            return sum(1 for line in text.splitlines() if line.strip() and json.loads(line) is not None)
+            value = parse_json(text, strict=False)
+        except JSONDecodeError:
+            return sum(1 for line in text.splitlines() if line.strip() and parse_json(line, strict=False) is not None)
         if isinstance(value, dict):
             value = next((value[name] for name in LISTS if isinstance(value.get(name), list)), value)
         alone = isinstance(value, dict) and "question_id" in value  # the only line of a file with one object a line

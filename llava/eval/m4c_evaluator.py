@@ -9,8 +9,8 @@ if not __package__:  # run, or imported, by path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llava.eval.benchmarks._common import mean
-from llava.eval.benchmarks._schema import STRING, Listed, check
 from llava.eval.benchmarks._vqa import normalise, vqa_accuracy
+from llava.schema import STRING, Listed, check
 
 ENTRY = {"pred_answer": STRING, "gt_answers": Listed(STRING)}
 

@@ -19,11 +19,10 @@ from llava.eval.cells import OWN, Key, method_key, read_cells
 from llava.eval.intervals import pictures
 from llava.eval.journal import RECORD, SUMMARY
 from llava.eval.published import UPPER
+from llava.eval.record import MEANT
 
 # Files that a note names; of more it gives the number.
 NAMED = 5
-# Options that are paths, and the key of what they lead to, where a record has it: two spellings of a path are the same.
-PATHS = {"model_path": "model", "model_base": "base", "vision_tower": "tower", "image_folder": "pictures"}
 
 
 class Listed(NamedTuple):
@@ -40,8 +39,9 @@ class Listed(NamedTuple):
     @property
     def setting(self) -> tuple[str, int]:
         """What runs of one benchmark share that can be compared: the configuration, and the number of answers."""
-        paths = {name: _place(self.config[name]) for name in PATHS if self.config.get(name)}
-        known = {name: None for name, meant in PATHS.items() if meant in self.config}
+        # Two spellings of a path are the same, and so are paths of which the record has what they lead to.
+        paths = {name: _place(self.config[name]) for name in MEANT if self.config.get(name)}
+        known = {name: None for name, meant in MEANT.items() if meant in self.config}
         return json.dumps({**self.config, **paths, **known}, sort_keys=True), self.given
 
 

@@ -1,6 +1,5 @@
 """Files of a checkpoint, in a folder or on the hub."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -9,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import InputError
-from llava.schema import Rule, check
+from llava.reading import parse_json, read_text
+from llava.schema import check_settings
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 REMEDY = "give the folder of a checkpoint, or its hub id"
@@ -78,29 +78,25 @@ def is_folder(path: str | Path) -> bool:
         return False
 
 
-def read_object(file: Path, rules: Mapping[str, Rule] | None = None) -> dict[str, Any]:
+def read_object(file: Path, layouts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return a JSON file's object.
 
     Args:
         file: is read as UTF-8.
-        rules: for its fields, see `llava.schema.check`.
+        layouts: of its fields, see `llava.schema.check_settings`.
 
     Raises:
         InputError: the file is unreadable, far too large, or holds something else.
     """
     try:
-        if file.stat().st_size > LARGEST:
-            raise InputError(f"{str(file)!r} has {file.stat().st_size:,} bytes, which is too much for settings")
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise InputError(f"{str(file)!r} is no readable JSON (nested too deeply)") from error
+        found = parse_json(read_text(file, LARGEST), strict=False)
     except InputError:
         raise
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"{str(file)!r} is no readable JSON ({brief(error)})") from error
     if not isinstance(found, dict) or not found:
         raise InputError(f"{str(file)!r} must hold a JSON object with settings")
-    check(found, rules or {}, str(file))
+    check_settings(found, layouts or {}, str(file))
     return found
 
 

@@ -9,28 +9,20 @@ from dataclasses import fields
 from typing import Any
 
 from llava.constants import InputError
-from llava.schema import (
-    FLAG,
-    NOTHING,
-    OBJECT,
-    Rule,
-    check,
-    choice,
-    either,
-    integer,
-    listed,
-    number,
-    record,
-    text,
-)
+from llava.schema import FLAG, OBJECT, Fields, Listed, Rule, check_settings, choice, either, integer, number, text
+
+
+def _listed(each: Any, least: int = 0, most: int = 10_000) -> Listed:
+    return Listed(each, least, most)
+
+
+def _optional(layout: Any, *names: str) -> dict[str, Any]:
+    return dict.fromkeys((f"{name}?" for name in names), layout)
+
 
 TEXT, COUNT = text(1000), integer(0, 2**31)
-TOKEN = either(integer(-1, 2**31), NOTHING)
-TOKENS = either(TOKEN, listed(integer(-1, 2**31)))
-
-
-def _optional(rule: Rule, *names: str) -> dict[str, Rule]:
-    return dict.fromkeys(names, either(rule, NOTHING))
+TOKEN = integer(-1, 2**31)
+TOKENS = either(TOKEN, _listed(TOKEN))
 
 
 def _activation(value: Any) -> bool:
@@ -41,8 +33,8 @@ def _activation(value: Any) -> bool:
 
 ACTIVATION = Rule("an activation that transformers knows", _activation)
 LANGUAGE = {
-    "architectures": either(listed(TEXT, 1, 10), NOTHING),
-    "model_type": either(TEXT, NOTHING),
+    "architectures?": _listed(TEXT, 1, 10),
+    "model_type?": TEXT,
     "hidden_size": integer(1, 2**16),
     "intermediate_size": integer(1, 2**18),
     "num_hidden_layers": integer(1, 512),
@@ -51,9 +43,8 @@ LANGUAGE = {
     "hidden_act": ACTIVATION,
     "max_position_embeddings": integer(1, 2**31),
     "rms_norm_eps": number(0, 1),
-    "bos_token_id": TOKENS,
-    "eos_token_id": TOKENS,
-    "pad_token_id": TOKEN,
+    **_optional(TOKENS, "bos_token_id", "eos_token_id"),
+    **_optional(TOKEN, "pad_token_id"),
     **_optional(integer(1, 1024), "num_key_value_heads"),
     **_optional(integer(2, 4096), "head_dim"),
     **_optional(integer(1, 2**31), "sliding_window", "max_sequence_length", "tokenizer_model_max_length"),
@@ -72,7 +63,7 @@ MULTIMODAL = {
     **_optional(TEXT, "mm_vision_tower"),
     **_optional(OBJECT, "mm_vision_config"),
     **_optional(FLAG, "mm_use_im_start_end", "mm_use_im_patch_token", "unfreeze_mm_vision_tower"),
-    **_optional(either(text(20_000), listed(listed(number(1, 1e6), 2, 2))), "image_grid_pinpoints"),
+    **_optional(either(text(20_000), _listed(_listed(number(1, 1e6), 2, 2))), "image_grid_pinpoints"),
     "tokenizer_padding_side": choice("left", "right"),
     "s2": Rule(
         "false: features of several scales are not supported, whose mm_hidden_size is a multiple of the tower's width",
@@ -94,12 +85,13 @@ TOWER = {
     "hidden_act": ACTIVATION,
     "layer_norm_eps": number(0, 1),
 }
-LENGTH, CHANNELS = integer(1, 4096), listed(number(-1e3, 1e3), 3, 3)
+LENGTH, CHANNELS = integer(1, 4096), _listed(number(-1e3, 1e3), 3, 3)
+BOX = Fields({"height": LENGTH, "width": LENGTH}, closed=True)
 PREPROCESSOR = {
-    "size": either(LENGTH, record(shortest_edge=LENGTH), record(height=LENGTH, width=LENGTH)),
-    "crop_size": either(LENGTH, record(height=LENGTH, width=LENGTH)),
+    "size": either(LENGTH, Fields({"shortest_edge": LENGTH}, closed=True), BOX),
+    "crop_size": either(LENGTH, BOX),
     "image_mean": CHANNELS,
-    "image_std": listed(number(1e-6, 1e3), 3, 3),
+    "image_std": _listed(number(1e-6, 1e3), 3, 3),
     "resample": integer(0, 5),
     "rescale_factor": number(1e-9, 1e3),
 }
@@ -108,14 +100,13 @@ ADAPTER = {
     "r": integer(1, 2**16),
     "lora_alpha": number(-1e6, 1e6),
     "peft_type": TEXT,
-    **_optional(either(TEXT, listed(TEXT)), "target_modules", "exclude_modules", "modules_to_save"),
+    **_optional(either(TEXT, _listed(TEXT)), "target_modules", "exclude_modules", "modules_to_save"),
     **_optional(OBJECT, "rank_pattern", "alpha_pattern"),
 }
 # Of a generation config, what says how a language model alone continues: no assistants, no second outputs.
 GENERATION = {
-    "bos_token_id": TOKENS,
-    "eos_token_id": TOKENS,
-    "pad_token_id": TOKEN,
+    **_optional(TOKENS, "bos_token_id", "eos_token_id"),
+    **_optional(TOKEN, "pad_token_id"),
     **_optional(integer(1, 2**31), "max_length", "max_new_tokens"),
     **_optional(COUNT, "min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"),
     **_optional(integer(1, 1024), "num_beams"),
@@ -123,7 +114,7 @@ GENERATION = {
     **_optional(number(0, 1), "top_p", "min_p", "typical_p"),
     **_optional(number(1e-3, 1e3), "repetition_penalty"),
     **_optional(number(-1e3, 1e3), "length_penalty"),
-    **_optional(listed(COUNT), "suppress_tokens", "begin_suppress_tokens"),
+    **_optional(_listed(COUNT), "suppress_tokens", "begin_suppress_tokens"),
     **_optional(FLAG, "do_sample", "use_cache", "renormalize_logits", "remove_invalid_values"),
     **_optional(either(FLAG, choice("never")), "early_stopping"),
 }
@@ -138,7 +129,7 @@ def check_config(config: dict[str, Any]) -> None:
     Raises:
         InputError: a field breaks its rule, or two do not fit.
     """
-    check(config, LANGUAGE | MULTIMODAL, "config.json")
+    check_settings(config, LANGUAGE | MULTIMODAL, "config.json")
     heads, kv_heads = (config.get(key) or 0 for key in ("num_attention_heads", "num_key_value_heads"))
     width = config.get("head_dim") or (config["hidden_size"] // heads if heads and "hidden_size" in config else 2)
     if width % 2:
@@ -170,7 +161,7 @@ def generation_settings(found: dict[str, Any], source: str) -> Any:
     """
     from transformers import GenerationConfig
 
-    check(found, GENERATION, source)
+    check_settings(found, GENERATION, source)
     if found.get("do_sample") and found.get("temperature") == 0:
         raise InputError(f"{source}'s temperature must be above 0 where do_sample is true")
-    return GenerationConfig(**{key: value for key, value in found.items() if key in GENERATION})
+    return GenerationConfig(**{key: value for key, value in found.items() if {key, f"{key}?"} & GENERATION.keys()})

@@ -418,7 +418,7 @@ def test_questions_of_a_wrong_type_are_error_rows_and_stop_no_other(command, tmp
     assert code == 3
     assert [row["question_id"] for row in found] == [line["question_id"] for line in lines]
     errors = [row["metadata"].get("error") for row in found]
-    fields = (".text is null", ".text is 'what \\ud800?'", ".image is a list")
+    fields = (".text is null", ".text is 'what \\ud800?'", ".image is ['0.png'], not")
     for error, field in zip(errors, fields, strict=False):
         assert f"{file.name}', question" in error
         assert field in error

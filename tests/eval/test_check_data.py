@@ -105,6 +105,14 @@ def test_each_kind_of_shortage_is_one_line(check: Check, tmp_path: Path) -> None
     assert sum(line.startswith("MISSING    1 of 4 pictures, such as ") for line in found) == 2
 
 
+@pytest.mark.usefixtures("modest")
+def test_labels_that_are_nested_without_end_are_damaged(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "textvqa" / "TextVQA_0.5.1_val.json").write_text("[" * 100_000)
+    (damaged,) = amiss(check()[1])
+    assert damaged.startswith("DAMAGED    TextVQA_0.5.1_val.json: ")
+    assert "nested too deeply" in damaged
+
+
 def test_pictures_are_listed_and_not_looked_at_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of 200 000 pictures is read in a moment: only what the listing lacks is looked for."""
     for number in range(300):

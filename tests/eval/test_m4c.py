@@ -88,7 +88,7 @@ def test_accuracy_is_the_mean_and_the_unmatched_are_worth_nothing() -> None:
         ({"pred_answer": "x", "gt_answers": "x" * 10}, "entry 1.gt_answers is 'xxxxxxxxxx', not a list"),
         ({"pred_answer": "x", "gt_answers": ["x"] * 9 + [5]}, r"entry 1.gt_answers\[9\] is 5, not a string"),
         ({"pred_answer": "x"}, "entry 1.gt_answers is missing"),
-        (["x"], "entry 1 is a list, not an object"),
+        (["x"], r"entry 1 is \['x'\], not an object"),
     ],
 )
 def test_entries_of_another_layout(entry: Any, complaint: str) -> None:

@@ -333,6 +333,13 @@ def test_no_run_at_all_says_why(results, tmp_path):
         collect(root, data, cells=cells)
 
 
+def test_a_list_of_cells_that_cannot_be_written_is_said_in_a_line(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "cells.tsv"):
+        with pytest.raises(InputError, match="cannot write"):
+            append_cell(place, Cell("gqa", "none", "1.0", "", tmp_path / "a.jsonl"))
+
+
 def test_the_last_word_about_a_cell_counts(tmp_path):
     file = tmp_path / "cells.tsv"
     for why in ("", "exit code 2"):

@@ -107,7 +107,7 @@ def test_refused_by_name(broken, key, value):
 def test_s2_is_refused_for_what_it_is(broken):
     """Its mm_hidden_size is three times the tower's width, which must not be named as the fault."""
     edit(broken, s2=True, mm_hidden_size=3 * VISION["hidden_size"], s2_scales="336,672,1008")
-    assert "s2 must be false" in refusal(broken)
+    assert "s2 is true, not false" in refusal(broken)
 
 
 def test_a_tower_of_another_width_is_named(tmp_path):

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from llava.constants import InputError
-from llava.eval.benchmarks._schema import ANYTHING, ID, NAME, STRING, TEXT, WHOLE, check, fault, parse_json, read_text
 from llava.eval.benchmarks.base import Benchmark, Question, Result, Row, read_jsonl
 from llava.output import write_whole
+from llava.reading import parse_json, read_text
+from llava.schema import ANYTHING, ID, NAME, STRING, TEXT, WHOLE, check, fault
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from llava.constants import InputError
 from llava.eval.benchmarks._common import latest, official
-from llava.eval.benchmarks._schema import check_regular
 from llava.eval.benchmarks.base import Row
 from llava.output import write_whole
+from llava.reading import check_regular
 
 LETTERS = "ABCD"
 # What pandas, with which upstream reads the table, takes for an empty cell.

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from llava.constants import InputError
 from llava.eval.benchmarks._common import gaps, mean, with_groups
-from llava.eval.benchmarks._schema import TEXT, Listed
 from llava.eval.benchmarks.base import Result
+from llava.schema import TEXT, Listed
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {

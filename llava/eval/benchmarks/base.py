@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.constants import InputError
-from llava.eval.benchmarks._schema import ANYTHING, check, parse_json, read_text
+from llava.reading import parse_json, read_text
+from llava.schema import ANYTHING, check
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -131,7 +132,7 @@ def read_jsonl(file: Path, layout: Any = ANYTHING) -> list[Row]:
 
     Args:
         file: the file.
-        layout: what every line must be, as in `_schema`.
+        layout: what every line must be, see `llava.schema`.
 
     Raises:
         InputError: the file cannot be read, or a line is no object of this layout; the message names file and line.

@@ -16,8 +16,8 @@ from llava.eval.benchmarks._common import (
     with_groups,
     write_json,
 )
-from llava.eval.benchmarks._schema import FLAG, TEXT, Every
 from llava.eval.benchmarks.base import Result, Row
+from llava.schema import FLAG, TEXT, Every
 
 LABELS = Every({"answer": TEXT, "types": {"structural": TEXT}, "isBalanced?": FLAG})
 

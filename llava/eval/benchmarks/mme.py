@@ -17,9 +17,9 @@ from llava.eval.benchmarks._common import (
     official,
     unambiguous,
 )
-from llava.eval.benchmarks._schema import read_text
 from llava.eval.benchmarks.base import SHORT_ANSWER, Question, Result, Row
 from llava.output import write_whole
+from llava.reading import read_text
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",

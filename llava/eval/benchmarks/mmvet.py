@@ -19,8 +19,8 @@ from llava.eval.benchmarks._common import (
     server_result,
     write_json,
 )
-from llava.eval.benchmarks._schema import TEXT, Every, Listed
 from llava.eval.benchmarks.base import Result, Row
+from llava.schema import TEXT, Every, Listed
 
 MENTIONS = "mentions.json"
 LABELS = Every(Listed(Listed(TEXT)))

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from llava.constants import InputError
 from llava.eval.benchmarks._common import JsonlBenchmark, gaps, latest, linearised, mean, official
-from llava.eval.benchmarks._schema import TEXT
 from llava.eval.benchmarks.base import Question, Result, Row, read_jsonl
+from llava.schema import TEXT
 
 REVISION = "e3e3926"
 LABEL = {"image": TEXT, "text": TEXT, "label": TEXT}

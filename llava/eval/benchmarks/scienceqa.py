@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.eval.benchmarks._common import gaps, latest, make_questions, mean, official, read_json
-from llava.eval.benchmarks._schema import ANYTHING, ID, NAME_OR_NONE, TEXT, WHOLE, Every, Listed
 from llava.eval.benchmarks.base import LETTER, Benchmark, Question, Result, Row
+from llava.schema import ANYTHING, ID, NAME_OR_NONE, TEXT, WHOLE, Every, Listed
 
 IMAGE = "<image>"
 ENTRY = {"id": ID, "conversations": Listed({"value": TEXT}, least=1), "image?": NAME_OR_NONE}

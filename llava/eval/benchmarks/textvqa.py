@@ -13,9 +13,9 @@ from typing import Any
 
 from llava.constants import InputError
 from llava.eval.benchmarks._common import JsonlBenchmark, gaps, latest, mean, official, read_json, reports_error
-from llava.eval.benchmarks._schema import ID, TEXT, Listed
 from llava.eval.benchmarks._vqa import vqa_accuracy
 from llava.eval.benchmarks.base import Question, Result, Row
+from llava.schema import ID, TEXT, Listed
 
 OCR = "Reference OCR token: "
 OLD_OCR = "OCR tokens: "

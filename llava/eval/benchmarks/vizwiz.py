@@ -16,9 +16,9 @@ from llava.eval.benchmarks._common import (
     unambiguous,
     write_json,
 )
-from llava.eval.benchmarks._schema import TEXT, Listed
 from llava.eval.benchmarks._vqa import ANNOTATION, Label, normalise, read_label, vqa_result
 from llava.eval.benchmarks.base import Question, Result, Row
+from llava.schema import TEXT, Listed
 
 VAL_QUESTIONS = "llava_val.jsonl"
 LABELS = Listed({"image": TEXT, "question": TEXT, **ANNOTATION})

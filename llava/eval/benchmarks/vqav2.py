@@ -14,9 +14,9 @@ from llava.eval.benchmarks._common import (
     unambiguous,
     write_json,
 )
-from llava.eval.benchmarks._schema import ID, Listed
 from llava.eval.benchmarks._vqa import ANNOTATION, Label, normalise, read_label, vqa_result
 from llava.eval.benchmarks.base import Result, Row, read_jsonl
+from llava.schema import ID, Listed
 
 FULL_TEST = "llava_vqav2_mscoco_test2015.jsonl"
 

@@ -6,7 +6,7 @@ from typing import Any
 from llava.constants import InputError
 from llava.model.files import HUB_ID, find_file, is_folder, read_object
 from llava.model.settings import PREPROCESSOR, TOWER
-from llava.schema import OBJECT, check
+from llava.schema import OBJECT, check_settings
 
 TOWER_REMEDY = "give the folder of the CLIP model as vision_tower (--vision-tower), or in config.json's mm_vision_tower"
 # What a CLIP config that lacks a key means by it.
@@ -77,7 +77,7 @@ def tower_shape(found: dict[str, Any], source: str) -> dict[str, Any]:
     Raises:
         InputError: it holds what a tower cannot have; `source` says where.
     """
-    check(found, TOWER, source)
+    check_settings(found, TOWER, source)
     return {key: found.get(key, default) for key, default in DEFAULTS.items()}
 
 

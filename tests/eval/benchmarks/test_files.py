@@ -1,4 +1,4 @@
-"""Layouts of files that others made: what is wrong with a value is said, and what cannot be read is refused."""
+"""Files of questions, answers and labels that others made: what is wrong with them is said and stops no other."""
 
 import os
 from pathlib import Path
@@ -7,89 +7,18 @@ from typing import Any
 import pytest
 
 from llava.constants import InputError
-from llava.eval.benchmarks import _schema as schema
 from llava.eval.benchmarks import get
-from llava.eval.benchmarks._schema import Every, Listed, fault, parse_json, read_text
 from llava.eval.benchmarks.base import read_jsonl
 from llava.eval.benchmarks.gqa import export_predictions
+from llava.model.files import read_object
 from tests.eval.benchmarks.rows import write_lines
-
-LAYOUT = {"id": schema.ID, "said": Listed({"value": schema.TEXT}, least=1), "image?": schema.NAME}
-
-
-@pytest.mark.parametrize(
-    ("value", "wrong"),
-    [
-        ({"id": 1, "said": [{"value": "x"}]}, None),
-        ({"id": "1", "said": [{"value": "x", "more": [None]}], "image": None, "other": float("nan")}, None),
-        ({"id": 1, "said": [{"value": "x"}], "image": "a/ä.png"}, None),
-        ([], " is a list, not an object"),
-        (None, " is null, not an object"),
-        ({"said": []}, ".id is missing"),
-        ({"id": 1}, ".said is missing"),
-        ({"id": True, "said": []}, ".id is true, not a string or a whole number"),
-        ({"id": 1.5, "said": []}, ".id is 1.5, not a string or a whole number"),
-        ({"id": "\ud800", "said": []}, ".id is '\\ud800', not a string or a whole number"),
-        ({"id": 1, "said": []}, ".said has 0 entries, not 1 or more"),
-        ({"id": 1, "said": "x"}, ".said is 'x', not a list"),
-        ({"id": 1, "said": [{"value": "x"}, {}]}, ".said[1].value is missing"),
-        ({"id": 1, "said": [{"value": 5}]}, ".said[0].value is 5, not a string of whole characters"),
-        ({"id": 1, "said": [{"value": "\udfff"}]}, ".said[0].value is '\\udfff', not a string of whole characters"),
-        ({"id": 1, "said": [{"value": "x"}], "image": {}}, ".image is an object, not the name of a file"),
-        ({"id": 1, "said": [{"value": "x"}], "image": "a\0"}, ".image is 'a\\x00', not the name of a file"),
-        ({"id": 1, "said": [{"value": "x"}], "image": "ä" * 128}, f".image is '{'ä' * 40}'…, not the name of a file"),
-        ({"id": 1, "said": [{"value": "x"}], "image": "a/" * 999}, f".image is '{'a/' * 20}'…, not the name of a file"),
-    ],
-)
-def test_fault(value: Any, wrong: str | None) -> None:
-    assert fault(value, LAYOUT) == wrong
-
-
-def test_fault_in_an_object_of_any_names() -> None:
-    assert fault({"a": {"x": True}, "b": {"x": 1}}, Every({"x": schema.FLAG})) == "['b'].x is 1, not true or false"
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ('{"a": NaN}', "NaN is no number"),
-        ("[-Infinity]", "-Infinity is no number"),
-        ("1e999", "1e999 is no number"),
-        ("9" * 5000, "a number has 5000 digits"),
-        ("[" * 100_000, "nested too deeply"),
-        ('{"a": ' * 100_000, "nested too deeply"),
-        ('{"a": 1, "b": 2, "a": 1}', "an object has the key 'a' twice"),
-        ('{"a": 1', "Expecting"),
-        ('"\0"', "Invalid control character"),
-        ("", "Expecting value"),
-    ],
-)
-def test_what_is_no_json(text: str, complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
-        parse_json(text)
-
-
-def test_json_that_is_unusual_but_sound() -> None:
-    text = '{"": [' + "1" * 32 + ', -0.5e-300, "\\ud83d\\ude00\\u0000", {}]}'
-    assert parse_json(text) == {"": [int("1" * 32), -0.5e-300, "😀\0", {}]}
-    assert parse_json("[" * 200 + "]" * 200)
-
-
-def unreadable(folder: Path) -> list[Path]:
-    """Paths that are no file to be read to its end."""
-    os.mkfifo(folder / "pipe")
-    (folder / "link").symlink_to("pipe")
-    (folder / "circle").symlink_to("circle")
-    (folder / "latin").write_bytes(b"\xe4")
-    (folder / "utf16").write_bytes("{}".encode("utf-16"))
-    names = ("pipe", "link", "circle", "latin", "utf16", "nowhere", "a\0b", "x" * 300)
-    return [folder, Path("/dev/zero"), *(folder / name for name in names)]
+from tests.test_reading import unreadable
 
 
 def test_what_can_not_be_read_to_its_end_is_refused(tmp_path: Path) -> None:
     """A pipe would be waited for; a device might never end."""
     for file in unreadable(tmp_path):
-        for read in (read_text, read_jsonl, lambda file: list(get("mmbench").questions(file))):
+        for read in (read_jsonl, read_object, lambda file: list(get("mmbench").questions(file))):
             with pytest.raises(InputError, match=r"cannot read|codec"):
                 read(file)
 
