@@ -174,14 +174,23 @@ def latest(rows: Sequence[Row], key: Callable[[Row], Any] = by_id) -> tuple[dict
     return {name: row for name, row in found.items() if name not in set(errors)}, notes
 
 
-def gaps(labelled: int, scored: int, unknown: int) -> list[str]:
+def gaps(labelled: int, scored: int, unknown: int, known: Sequence[str] = ()) -> list[str]:
     """Say how many labelled questions have an answer, if not all, and how many answers no label; no other is scored.
+
+    Args:
+        labelled: number of labelled questions.
+        scored: how many of them have an answer.
+        unknown: answers to no labelled question.
+        known: notes about what was left out before, which explain why nothing is left.
 
     Raises:
         InputError: nothing is left to score.
     """
     if not scored:
-        raise InputError("no answer belongs to a labelled question; check that --data and the answers are of one set")
+        why = f" ({'; '.join(known)})" if known else ""
+        raise InputError(
+            f"no answer belongs to a labelled question{why}; check that --data and the answers are of one set"
+        )
     notes = []
     if scored < labelled:
         notes.append(f"{scored} of {labelled} questions have an answer; the score is over these")

@@ -107,7 +107,7 @@ class MMBenchBase(Benchmark):
         circular = {base: min(right[key] for key in keys) for base, keys in members.items() if right.keys() >= keys}
         once = [value for (index, round_id), value in right.items() if index < ROTATION and round_id == 0]
         vanilla = {"vanilla": mean(once)} if once else {}
-        notes += gaps(len(wanted), len(said), len(answers) - len(said))
+        notes += gaps(len(wanted), len(said), len(answers) - len(said), notes)
         begun = {index % ROTATION for index, _ in said}
         notes += _notes(said.values(), len(begun) - len(circular), max(len(members[base]) for base in begun))
         firsts = {base: table[min(members[base])[0]] for base in circular}

@@ -105,7 +105,7 @@ def vqa_result(name: str, answers: Mapping[Any, str], labels: Mapping[Any, Label
         notes: what is already known.
     """
     scored = {key: 100 * vqa_accuracy(text, labels[key].humans) for key, text in answers.items() if key in labels}
-    more = gaps(len(labels), len(scored), len(answers) - len(scored))
+    more = gaps(len(labels), len(scored), len(answers) - len(scored), notes)
     kinds = {key: [labels[key].kind] for key in scored}
     metrics = with_groups({"accuracy": mean(scored.values())}, scored, kinds)
     return Result(

@@ -72,7 +72,7 @@ class GQA(JsonlBenchmark):
             for key, row in answers.items()
             if str(key) in labels
         }
-        notes += gaps(len(labels), len(scored), len(answers) - len(scored))
+        notes += gaps(len(labels), len(scored), len(answers) - len(scored), notes)
         groups = {key: _groups(labels[str(key)]) for key in scored}
         metrics = with_groups({"accuracy": mean(scored.values())}, scored, groups)
         return Result(

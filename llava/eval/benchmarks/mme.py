@@ -128,7 +128,7 @@ class MME(JsonlBenchmark):
             notes.append(f"{answered - scored} answers are left out because another question of their picture has none")
         categories = {c: {k: v for k, v in judged.items() if k.category == c} for c in (*PERCEPTION, *COGNITION)}
         present = {name: found for name, found in categories.items() if found}
-        notes += gaps(sum(map(len, labels.values())), scored, 0)
+        notes += gaps(sum(map(len, labels.values())), scored, 0, notes)
         if len(present) < len(categories):
             notes.append(f"only {len(present)} of {len(categories)} categories have answers; sums are over these")
         return _result(present, notes)

@@ -76,7 +76,7 @@ class MMVet(JsonlBenchmark):
             metrics={"mentioned": mean(scored.values())},
             headline="mentioned",
             n=len(scored),
-            notes=(*notes, *gaps(len(wanted), len(scored), len(answers) - len(scored))),
+            notes=(*notes, *gaps(len(wanted), len(scored), len(answers) - len(scored), notes)),
             per_question=scored,
         )
 

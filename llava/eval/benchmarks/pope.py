@@ -105,7 +105,7 @@ def judge(rows: Sequence[Row], questions: Path, annotations: Path) -> tuple[dict
     judged = {name: _category(name, asked, answers, annotations / f"coco_pope_{name}.json") for name in labelled}
     notes += [note for category in judged.values() for note in category.notes]
     scored = sum(len(category.outcomes) for category in judged.values())
-    notes += gaps(len(asked), scored, unknown)
+    notes += gaps(len(asked), scored, unknown, notes)
     return {name: category for name, category in judged.items() if category.outcomes}, notes
 
 

@@ -179,7 +179,7 @@ class ScienceQA(Benchmark):
         verdicts = [verdict for verdict in judged if verdict.prompt != UNKNOWN]
         values = {verdict.question_id: 100.0 * verdict.right for verdict in verdicts}
         shown = {verdict.question_id: values[verdict.question_id] for verdict in verdicts if verdict.multimodal}
-        notes += [*gaps(len(judged), len(verdicts), len(answers) - len(verdicts)), *coverage(verdicts)]
+        notes += [*gaps(len(judged), len(verdicts), len(answers) - len(verdicts), notes), *coverage(verdicts)]
         if not shown:
             notes.append("no answer is to a question with a picture: there is no img_accuracy")
         notes.append("papers quote img_accuracy, over the questions with a picture")

@@ -92,7 +92,7 @@ def score_against(rows: Sequence[Row], file: Path) -> Result:
         if (image, question) in labels:
             humans = labels[image, question]
             scored[image, question, occurrence] = 100 * vqa_accuracy(str(row["text"]), humans)
-    notes += [_prompt_variant(answers.values()), *gaps(len(entries), len(scored), len(answers) - len(scored))]
+    notes += [_prompt_variant(answers.values()), *gaps(len(entries), len(scored), len(answers) - len(scored), notes)]
     accuracy = mean(scored.values())
     return Result(
         benchmark=TextVQA.name,

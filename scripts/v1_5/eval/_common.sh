@@ -84,7 +84,7 @@ benchmark() {
                 "$name" "$METHOD" "$ratio" "${PROFILE:-}" "$answers" "${WHY:-}" >> "$CELLS"
             exit
             ;;
-        need) need "$name" && exit ;;
+        need) need "$name"; exit ;;
     esac
     need "$name"
     local launch=("$PYTHON" -m)

@@ -86,6 +86,14 @@ def test_answers_of_another_set(name: str, tmp_path: Path) -> None:
         get(name).score([row(987654, "x", "What?\nAnswer.")], data)
 
 
+@pytest.mark.parametrize("name", ["gqa", "mme", "pope", "textvqa", "mmbench", "scienceqa"])
+def test_rows_that_all_report_an_error_are_named_as_the_cause(name: str, tmp_path: Path) -> None:
+    data = write_benchmark(name, tmp_path)
+    rows = [failed(1, "What?\nAnswer."), failed(2, "Where?\nAnswer.")]
+    with pytest.raises(InputError, match=r"\(2 rows report an error instead of an answer"):
+        get(name).score(rows, data)
+
+
 @pytest.mark.parametrize("name", ["gqa", "mme", "pope", "textvqa", "scienceqa", "mmbench"])
 def test_missing_labels_name_file_and_source(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:

@@ -96,6 +96,11 @@ def test_a_picture_needs_all_its_answers(data: Path) -> None:
     assert any("2 of 6 questions have an answer" in note for note in result.notes)
 
 
+def test_half_of_a_picture_alone(data: Path) -> None:
+    with pytest.raises(InputError, match="1 answers are left out because another question of their picture has none"):
+        get("mme").score(ALL[:1], data)
+
+
 def test_cognition_alone_becomes_the_headline(data: Path) -> None:
     result = get("mme").score(ALL[4:], data)
     assert (result.headline, result.n, result.metrics["perception"]) == ("cognition", 2, 0)
