@@ -17,8 +17,13 @@ LARGEST = 64 << 20
 """Bytes of a settings file; the largest in use, an index of all tensors, has a hundredth."""
 
 
-def find_file(path: str, name: str) -> Path | None:
+def find_file(path: str, name: str, remedy: str = REMEDY) -> Path | None:
     """Return a file of a folder or hub repository, or None if it has none of that name.
+
+    Args:
+        path: the folder, or the hub's id of the repository.
+        name: of the file.
+        remedy: what a refusal advises.
 
     Raises:
         InputError: there is no such folder, and the hub cannot be asked; or what has the name is no file.
@@ -31,11 +36,11 @@ def find_file(path: str, name: str) -> Path | None:
             raise InputError(f"{str(file)!r} is no file; put the checkpoint's own there")
         return None
     if not HUB_ID.fullmatch(path):
-        raise InputError(f"there is no folder {path!r}; {REMEDY}")
-    return _fetch(path, name)
+        raise InputError(f"there is no folder {path!r}; {remedy}")
+    return _fetch(path, name, remedy)
 
 
-def _fetch(path: str, name: str) -> Path | None:
+def _fetch(path: str, name: str, remedy: str) -> Path | None:
     """Return a file of a hub repository, downloaded or from the cache, or None if it has none of that name."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -48,13 +53,13 @@ def _fetch(path: str, name: str) -> Path | None:
     except LocalEntryNotFoundError as error:  # which is an EntryNotFoundError too
         if _is_cached(path):  # what is not there, the repository may not have
             return None
-        raise InputError(f"the hub cannot be reached, and {path!r} is not in its cache; {REMEDY}") from error
+        raise InputError(f"the hub cannot be reached, and {path!r} is not in its cache; {remedy}") from error
     except EntryNotFoundError:
         return None
     except RepositoryNotFoundError as error:
-        raise InputError(f"the hub shows no repository {path!r}; {REMEDY}, and log in if it is private") from error
+        raise InputError(f"the hub shows no repository {path!r}; {remedy}, and log in if it is private") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot fetch {name} of {path!r} from the hub; {REMEDY} ({error})") from error
+        raise InputError(f"cannot fetch {name} of {path!r} from the hub; {remedy} ({error})") from error
     finally:
         logger.setLevel(before)
 

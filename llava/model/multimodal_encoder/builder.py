@@ -64,7 +64,7 @@ def vision_config(tower: str) -> dict[str, Any]:
     """
     if tower in KNOWN_TOWERS:
         return DEFAULTS | KNOWN_TOWERS[tower]
-    file = find_file(tower, "config.json")
+    file = find_file(tower, "config.json", TOWER_REMEDY)
     if file is None:
         raise InputError(f"no config.json at vision tower {tower!r}; {TOWER_REMEDY}")
     found = read_object(file, {"vision_config": OBJECT})
@@ -90,7 +90,7 @@ def image_processor(tower: str, image_size: int) -> Any:
     from transformers import CLIPImageProcessorPil
 
     known_or_gone = tower in KNOWN_TOWERS or not (is_folder(tower) or HUB_ID.fullmatch(tower))
-    file = None if known_or_gone else find_file(tower, "preprocessor_config.json")
+    file = None if known_or_gone else find_file(tower, "preprocessor_config.json", TOWER_REMEDY)
     if file is None:
         return CLIPImageProcessorPil(
             size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
