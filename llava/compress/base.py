@@ -6,7 +6,8 @@ what it intends for an image of a given size (`Plan`) and chooses tokens (`Selec
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from math import log10
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ def parse_ratio(value: object, source: str = "retention_ratio") -> float:
         ratio = -1.0 if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         ratio = -1.0
-    except OverflowError:  # such a number may be too long to be written out
-        ratio, value = -1.0, "a number far beyond"
+    except OverflowError:  # an integer that may be too long to be written out
+        ratio, value = -1.0, f"an integer of about {int(cast(int, value).bit_length() * log10(2))} digits"
     if not 0 < ratio <= 1:
         raise InputError(f"{source} must be a number in (0, 1], got {str(value)[:80]}")
     return ratio

@@ -329,8 +329,8 @@ def test_half_of_a_surrogate_pair_is_an_error_of_its_question(run, tmp_path):
     code, rows, _ = run(data=data)
     assert code == 3
     assert ids(rows) == [0, 1]
-    assert "cannot be tokenised" in rows[0]["metadata"]["error"]
-    assert rows[0]["prompt"] == "a \ud83d dog?"
+    assert "question 1.text is 'a \\ud83d dog?', not a string of whole characters" in rows[0]["metadata"]["error"]
+    assert (rows[0]["question_id"], rows[0]["prompt"]) == (0, "")
     assert rows[1]["text"]
     assert run(data=data)[1] == rows
 

@@ -293,7 +293,7 @@ def test_a_method_is_given_in_text(spec):
 def test_numbers_of_too_many_digits_are_refused():
     with pytest.raises(InputError, match="200012 characters"):
         get(f"hired(alpha={'9' * 200_000})"[:200_012])
-    with pytest.raises(InputError, match="got a number far beyond"):
+    with pytest.raises(InputError, match=r"got an integer of about \d+ digits"):
         parse_ratio(1 << 800_000)
 
 
