@@ -7,11 +7,10 @@
 | the machine: no room, no permission, a folder in the place of a file | 2 | `error: …` |
 | Ctrl-C | 130 | `interrupted: …`, what is kept and how to go on |
 | SIGTERM | 143 | likewise |
-| a reader that closed the pipe, such as `head` | 141, as a shell says of programs that SIGPIPE ends | |
+| a reader that closed the pipe, such as `head` | 2 | `error: …` |
 """
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,8 +18,6 @@ from contextlib import suppress
 from llava.constants import InputError
 from llava.interrupts import exit_code, heard, say
 from llava.output import REFUSALS, refusal
-
-CLOSED_PIPE = 128 + signal.SIGPIPE
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -48,7 +45,8 @@ def run_command(command: Callable[[], None]) -> None:
         _complain(str(error))
         code = 2
     except BrokenPipeError:
-        code = CLOSED_PIPE
+        _complain("whoever reads the output closed it before its end; let it be read to the end, or written to a file")
+        code = 2
     except OSError as error:
         if error.errno not in REFUSALS:
             raise

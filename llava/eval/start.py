@@ -21,8 +21,7 @@ def start_line(args: Any, model: Any, processes: int = 1) -> str:
     """
     method = model.method
     source = ratio_source(args, method)
-    if method.follows_ratio:
-        method = replace(method, retention_ratio=method.ratio)
+    method = replace(method, retention_ratio=method.ratio if method.follows_ratio else None)
     devices = ", ".join(dict.fromkeys(_device(parameter.device) for parameter in model.parameters()))
     dtype = str(model.dtype).removeprefix("torch.")
     attention = model.config._attn_implementation

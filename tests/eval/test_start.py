@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from llava.compress import get
 from llava.eval.start import ratio_source, start_line
 from llava.model.builder import choose_method, read_config
 
@@ -73,3 +74,10 @@ def test_a_gpu_that_is_not_there_is_said(loaded, checkpoint, monkeypatch, visibl
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "CUDA" not in start_line(args, loaded().model)
     assert "running on cpu by 3 processes in" in start_line(args, loaded().model, 3)
+
+
+def test_a_ratio_without_effect_is_not_said(loaded, checkpoint, monkeypatch):
+    args = Namespace(model_path=str(checkpoint()), method="none", retention_ratio="1.0")
+    model = loaded().model
+    monkeypatch.setattr(model, "_method", get("none", retention_ratio=1.0))
+    assert start_line(args, model).endswith("attention: none(), which no retention ratio applies to\n")
