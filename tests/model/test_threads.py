@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +47,17 @@ VARIANTS = [
     get("ficoco_v(r=3)"),
     get("tome(r=3)"),
 ]
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Callable[[str], Path]) -> Callable[..., Loaded]:
+    """Models of this file's own: on shared ones transformers' hooks stay, once others asked for hidden states."""
+
+    @cache
+    def load(version: str = "v1.6-vicuna") -> Loaded:
+        return Loaded(*load_pretrained_model(str(checkpoint(version)), device="cpu"))
+
+    return load
 
 
 @pytest.fixture
