@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -82,10 +82,12 @@ def end_with_parent(worker: int = 0) -> None:
     """Be killed when the process dies that started this one by multiprocessing; for a DataLoader's `worker_init_fn`.
 
     A worker of torch looks for its parent too, but takes for it whoever adopted the worker while torch was imported.
+    Of a parent that breaks off while it fetches a tensor, the thread that hands tensors over says nothing.
 
     Args:
         worker: its number, of no use here.
     """
+    sys.excepthook = _unless_broken_off
     if sys.platform == "linux":
         _die_with_parent()
     from multiprocessing import parent_process
@@ -93,6 +95,11 @@ def end_with_parent(worker: int = 0) -> None:
     parent = parent_process()
     if parent is None or not parent.is_alive():
         os._exit(1)
+
+
+def _unless_broken_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _die_with_parent() -> None:

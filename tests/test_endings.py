@@ -4,10 +4,13 @@ import errno
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from multiprocessing import resource_sharer
+from multiprocessing.connection import Client
 from pathlib import Path
 
 import pytest
@@ -281,6 +284,30 @@ if __name__ == "__main__":
         import os
         os.kill(os.getpid(), 9)
 """
+
+
+def hand_over(ready):
+    """A worker whose parent breaks off in the middle of fetching a tensor."""
+    end_with_parent()
+    resource_sharer.DupFd(0)  # starts the thread that hands descriptors over
+    address = resource_sharer._resource_sharer._address
+    ready.send(address)
+    ready.recv()
+
+
+def test_a_worker_says_nothing_of_a_parent_that_breaks_off(capfd):
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=hand_over, args=(theirs,))
+    worker.start()
+    address = ours.recv()
+    with socket.socket(socket.AF_UNIX) as fetching:
+        fetching.connect(address)  # and breaks off before it has said who it is
+    # Behind it in the line, so that it was served.
+    Client(address, authkey=multiprocessing.current_process().authkey).close()
+    ours.send(None)
+    worker.join()
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell processes of their parent's end")
