@@ -7,7 +7,7 @@ a value, if anything.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llava.constants import InputError
@@ -203,3 +203,9 @@ def shown(value: Any, longest: int = 80) -> str:
         words = f"[{', '.join(map(shown, value))}]" if plain and kind == "a list" else ""
         return words if 0 < len(words) <= longest else f"{kind} of {len(value)}"
     return repr(value)[:longest]
+
+
+def some(names: Sequence[Any], most: int = 4) -> str:
+    """Return the first of some names as a message may list them, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more

@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +78,15 @@ def select_questions(args: argparse.Namespace) -> tuple[list[Question], list[int
     if not 0 <= args.chunk_idx < max(1, -(-len(questions) // max(1, size))):
         raise InputError(f"--chunk-idx {args.chunk_idx} is past the last of {args.num_chunks} chunks")
     questions = questions[args.chunk_idx * size : (args.chunk_idx + 1) * size]
-    whole = questions
-    questions = list(islice(questions, args.limit))
-    if not questions:
+    asked = questions[: args.limit]
+    if not asked:
         raise InputError(f"{str(file)!r} has no questions")
     folder = Path(args.image_folder)
-    if not folder.is_dir() and any(q.image is not None and q.data is None for q in questions):
+    if not folder.is_dir() and any(question.file is not None for question in asked):
         raise InputError(f"there is no image folder {str(folder)!r}; see scripts/v1_5/eval/check_data.sh")
     if not args.allow_outside:
-        check_paths(questions, folder)
-    asked = set(map(id, questions))
-    return whole, [place for place, question in enumerate(whole) if id(question) in asked]
+        check_paths(asked, folder)
+    return questions, list(range(len(asked)))
 
 
 def group_by_image(questions: Sequence[Question], places: Iterable[int]) -> list[list[int]]:

@@ -49,7 +49,7 @@ def account(benchmark: Benchmark, data: Path) -> list[str]:
     for name, content in benchmark.optional.items():
         lines.append(_line("ok" if filled(data / name) else "not there", f"{name}: {content}"))
     if benchmark.image_folder not in lacking:
-        images = {question.image for question in questions if question.image and question.data is None}
+        images = {question.file for question in questions if question.file}
         gone = absent(images, data / benchmark.image_folder)
         if gone:
             lines.append(_line("MISSING", f"{len(gone)} of {len(images)} pictures, such as {gone[0]}"))

@@ -66,7 +66,7 @@ def check_paths(questions: Iterable[Question], folder: Path) -> None:
         InputError: one does, by an absolute path, by `..`, or through a link.
     """
     root = folder.resolve()
-    named = {question.image: question for question in questions if question.image is not None and question.data is None}
+    named = {question.file: question for question in questions if question.file is not None}
     for image, question in named.items():
         if not _lies_within(root, image):
             raise InputError(
@@ -136,7 +136,7 @@ def check_folder(questions: Iterable[Question], folder: Path) -> None:
     Raises:
         InputError: of the first 20 pictures that questions name, or of all if there are fewer, none is.
     """
-    named = dict.fromkeys(str(q.image) for q in questions if q.image is not None and q.data is None)
+    named = dict.fromkeys(question.file for question in questions if question.file is not None)
     first = list(islice(named, FIRST))
     if first and not any(_exists(folder / name) for name in first):
         said = f"the first {len(first)} pictures" if len(named) > len(first) else f"the {len(first)} pictures"

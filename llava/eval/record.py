@@ -181,7 +181,7 @@ def _template(config: Mapping[str, Any]) -> str:
 
 def _pictures(questions: Sequence[Question], folder: Path) -> dict[str, str]:
     """Return digests of the first pictures that questions name and that are there, by name."""
-    named = dict.fromkeys(str(q.image) for q in questions if q.image is not None and q.data is None)
+    named = dict.fromkeys(question.file for question in questions if question.file is not None)
     found = {}
     for name in list(named)[:SAMPLE]:
         with suppress(OSError, ValueError):  # unreadable ones are said question by question

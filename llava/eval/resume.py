@@ -67,9 +67,8 @@ def _worth_another_try(args: argparse.Namespace, journal: Journal, found: Found,
     """Whether a question that could not be asked may be now: unless the user says so, if it was for a picture."""
     if args.retry_errors is not None:
         return bool(args.retry_errors)
-    question, error = journal.questions[place], str(found.rows[place]["metadata"]["error"])
-    of_picture = question.image is not None and question.data is None and error.startswith(about(question.image))
-    return of_picture and readable(Path(args.image_folder) / str(question.image))
+    file, error = journal.questions[place].file, str(found.rows[place]["metadata"]["error"])
+    return file is not None and error.startswith(about(file)) and readable(Path(args.image_folder) / file)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from llava.eval.intervals import pictures
 from llava.eval.journal import RECORD, SUMMARY
 from llava.eval.published import UPPER
 from llava.eval.record import MEANT
+from llava.schema import some
 
 # Files that a note names; of more it gives the number.
 NAMED = 5
@@ -137,18 +138,12 @@ def said(benchmark: str, key: Key) -> str:
     return f"{benchmark} with {key[0]}" + (f" at {key[1]:g}" if key[1] != OWN else "")
 
 
-def some(files: Sequence[Path]) -> str:
-    """Name files, but not a hundred of them."""
-    more = f" and {len(files) - NAMED} more" if files[NAMED:] else ""
-    return ", ".join(map(str, files[:NAMED])) + more
-
-
 def beside(cells: Path) -> list[str]:
     """Return a note about the answers files beside those of a grid's list, if there are any."""
     listed = {cell.answers for cell in read_cells(cells)}
     records = {record for folder in {file.parent for file in listed} for record in folder.glob(f"*{RECORD}")}
     others = sorted({_answers_of(record) for record in records} - listed)
-    return [f"not of this grid: {some(others)}"] if others else []
+    return [f"not of this grid: {some(others, NAMED)}"] if others else []
 
 
 def upper_bound(run: Run, runs: Iterable[Run]) -> Run | None:
@@ -249,7 +244,7 @@ def _choose(listed: Sequence[Listed], found: Found) -> list[Listed]:
         others = [one.answers for runs in groups.values() if runs is not best for one in runs]
         if others:
             taken = f"runs of one configuration with {best[0].given} answers"
-            found.notes.append(f"left out of {name}, which is over {taken}: {some(others)}")
+            found.notes.append(f"left out of {name}, which is over {taken}: {some(others, NAMED)}")
         chosen += best
     return chosen
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from llava.constants import InputError
 from llava.model.files import REMEDY, brief, find_file, is_folder, read_object
-from llava.schema import OBJECT, shown
+from llava.schema import OBJECT, shown, some
 
 # With one of these options a hub id means files that `find_file` does not look at.
 ELSEWHERE = {"cache_dir", "revision", "subfolder", "variant", "token", "gguf_file", "use_safetensors"}
@@ -157,12 +157,6 @@ def refuse_integers(names: list[str], path: str) -> None:
         raise InputError(
             f"the weights at {path!r} are no floating-point numbers in {some(names)}; get them unquantised"
         )
-
-
-def some(names: list[str], most: int = 4) -> str:
-    """Return the first of some names, and how many more there are."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def language_size(config: Any) -> int:

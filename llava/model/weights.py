@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from llava.constants import InputError
 from llava.model.files import find_file, read_object
 from llava.model.settings import ADAPTER
-from llava.model.stored import DAMAGED, ELSEWHERE, IGNORED, check_size, read_tensors, refuse_integers, some, why
+from llava.model.stored import DAMAGED, ELSEWHERE, IGNORED, check_size, read_tensors, refuse_integers, why
+from llava.schema import some
 
 TOWER = "model.vision_tower."
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -36,6 +36,11 @@ class Question:
     error: str | None = None
     """Why it cannot be asked: its row in the answers file says so instead of an answer, and nothing else stops."""
 
+    @property
+    def file(self) -> str | None:
+        """The picture file that it needs in the image folder; None: it needs no picture, or carries it."""
+        return self.image if self.data is None else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
